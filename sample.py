@@ -1,0 +1,137 @@
+"""Label maps to images: python sample.py --labels DIR [--checkpoint FILE] [--out DIR] [--num K] [--seed S] [--grid]
+                                      [--resample CLASS] [--interpolate N]
+
+DIR holds label maps as PNG: class ids as the data set that the model was trained on spells them (8-bit L or P), or RGB
+in the model's palette. They may have any size and are resized (nearest) to the size the model was trained at, which is
+the size of the images. An image depends on its label map, its name and the seed alone.
+"""
+
+import argparse
+import sys
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from checkpoint import load_generator
+from config import UserError
+from data import colorize, label_format, read_label_file
+from gan import noise
+from metrics import to_uint8
+
+
+def newest_checkpoint() -> Path:
+    """The youngest runs/*/checkpoints/latest.pt. Raises UserError if there is none."""
+    found = sorted(Path("runs").glob("*/checkpoints/latest.pt"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise UserError("runs/*/checkpoints/latest.pt: none here; train a model or name one with --checkpoint")
+    return found[-1]
+
+
+def find_label_maps(folder: Path) -> list[Path]:
+    """The PNG files of a folder, by name. Raises UserError if there is none."""
+    paths = sorted(p for p in folder.glob("*") if p.suffix.lower() == ".png") if folder.is_dir() else []
+    if not paths:
+        raise UserError(f"{folder}: no label maps; --labels names a folder of PNG files")
+    return paths
+
+
+def find_class(name: str, class_names: list[str]) -> int:
+    """A class by its name or number. Raises UserError."""
+    if name in class_names:
+        return class_names.index(name)
+    if name.isdigit() and int(name) < len(class_names):
+        return int(name)
+    raise UserError(f"--resample {name}: no such class; the model has {', '.join(class_names)}")
+
+
+def read_label_map(path: Path, state: dict) -> torch.Tensor:
+    """Label file -> int64 (H, W) in 0..C at the model's size."""
+    height, width = state["config"]["data"]["size"]
+    form = label_format(state["config"]["data"])
+    label = read_label_file(path, len(state["class_names"]), state["palette"], ids=form.ids)
+    label = Image.fromarray(label).resize((width, height), Image.Resampling.NEAREST)
+    return torch.from_numpy(np.array(label)).long()
+
+
+def plan_noise(stem: str, z_dim: int, arguments: argparse.Namespace, device) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Noise z (N, z_dim) of the N images of one label map, and that of the resampled region (N, z_dim) or None.
+
+    Sample k of a name has noise (seed, name, k). Resampling keeps sample 0 and takes the region's noise from another
+    stream; interpolation goes on the sphere from sample 0 to sample 1.
+    """
+    key = (arguments.seed, zlib.crc32(stem.encode()))
+    draw = lambda stream, count: noise([(*key, k, stream) for k in range(count)], z_dim, device)
+    if arguments.resample:
+        return draw(0, 1).expand(arguments.num, -1), draw(1, arguments.num)
+    if not arguments.interpolate:
+        return draw(0, arguments.num), None
+    start, end = draw(0, 2)
+    angle = torch.acos(torch.cosine_similarity(start, end, dim=0))
+    t = torch.linspace(0, 1, arguments.interpolate, device=device)[:, None]
+    return (torch.sin((1 - t) * angle) * start + torch.sin(t * angle) * end) / torch.sin(angle), None
+
+
+@torch.no_grad()
+def main(arguments: argparse.Namespace) -> None:
+    if arguments.num < 1 or arguments.interpolate == 1 or arguments.interpolate < 0 or arguments.seed < 0:
+        raise UserError("--num takes at least 1, --interpolate at least 2, --seed at least 0")
+    if bool(arguments.resample) + bool(arguments.interpolate) + (arguments.num > 1 and bool(arguments.interpolate)) > 1:
+        raise UserError("--interpolate goes with neither --resample nor --num")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    paths = find_label_maps(arguments.labels)
+    generator, state = load_generator(arguments.checkpoint or newest_checkpoint(), device)
+    chosen_class = find_class(arguments.resample, state["class_names"]) if arguments.resample else None
+    count = arguments.interpolate or arguments.num
+    names = {path: [f"{path.stem}.png"] if count == 1 else [f"{path.stem}_{k}.png" for k in range(count)] for path in paths}
+    wanted = [name for group in names.values() for name in group] + ["grid.png"] * arguments.grid
+    for name in wanted:
+        if (arguments.out / name).exists():
+            raise UserError(f"{arguments.out / name} exists; choose another --out")
+    for path in tqdm(paths, desc="check", leave=False):
+        read_label_map(path, state)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+
+    rows = []
+    with ThreadPoolExecutor(2) as pool:  # reads the next map and writes finished images while the network runs
+        upcoming, written = pool.submit(read_label_map, paths[0], state), []
+        for path, following in zip(tqdm(paths, unit="map"), [*paths[1:], None]):
+            label_map = upcoming.result().to(device)
+            upcoming = pool.submit(read_label_map, following, state) if following else None
+            z, z2 = plan_noise(path.stem, generator.z_dim, arguments, device)
+            region = None if z2 is None else (label_map == chosen_class)
+            images = []
+            for k in range(count):  # one at a time, so that no image depends on its batch
+                extra = () if z2 is None else (z2[k : k + 1], region[None])
+                image = to_uint8(generator(label_map[None], z[k : k + 1], *extra))[0].permute(1, 2, 0).cpu().numpy()
+                images.append(image)
+                written.append(pool.submit(Image.fromarray(image).save, arguments.out / names[path][k]))
+            if arguments.grid:
+                colors = colorize(label_map.cpu().numpy().astype(np.uint8), np.array(state["palette"], np.uint8))
+                rows.append(np.concatenate([colors, *images], axis=1))
+        for task in written:
+            task.result()
+    if arguments.grid:
+        Image.fromarray(np.concatenate(rows)).save(arguments.out / "grid.png")
+    print(f"{len(paths) * count} images of {state['config']['data']['size'][0]} x {state['config']['data']['size'][1]} "
+          f"pixels in {arguments.out}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--labels", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="default: the newest runs/*/checkpoints/latest.pt")
+    parser.add_argument("--out", type=Path, default=Path("samples"), metavar="DIR")
+    parser.add_argument("--num", type=int, default=1, metavar="K", help="samples a label map: NAME_0.png ...")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--grid", action="store_true", help="write grid.png too: a row a label map, its colors and samples")
+    parser.add_argument("--resample", metavar="CLASS", help="redraw only what this class shows; the rest is as without it")
+    parser.add_argument("--interpolate", type=int, default=0, metavar="N", help="N images from one noise to another")
+    try:
+        main(parser.parse_args())
+    except UserError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,75 @@
+"""Shared by the tests: the project on the path, a miniature data set, a configuration that trains in seconds."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+torch.set_num_threads(1)
+
+TINY = {
+    "name": "tiny",
+    "data": {"name": "scenes", "size": [32, 32], "workers": 0},
+    "generator": {"channels": [8, 16, 16], "z_dim": 8, "style_dim": 16, "num_tokens": 4, "attention_scales": 1},
+    "discriminator": {"channels": 4},
+    "backbone": {"calibration_images": 16},
+    "loss": {"contrastive_patches": 16},
+    "train": {"steps": 4, "batch_size": 4, "log_every": 1, "sample_every": 0, "eval_every": 0, "save_every": 2},
+    "eval": {"num_images": 8, "features_size": 64, "segmenter_steps": 4, "diversity_maps": 2, "diversity_samples": 2,
+             "diversity_network": "stlpips_alex", "diversity_size": 64},
+}
+
+
+@pytest.fixture
+def tiny_config(tmp_path) -> Path:
+    """A configuration file of a model that trains in seconds."""
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(TINY))
+    return path
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Runs a script of the project in an empty folder: run("train.py", ...) -> CompletedProcess."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+    def call(script: str, *arguments: str, processes: int = 0, **options) -> subprocess.CompletedProcess:
+        launcher = [sys.executable]
+        if processes:
+            launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        return subprocess.run([*launcher, str(ROOT / script), *map(str, arguments)], cwd=tmp_path, env=environment,
+                              capture_output=True, text=True, timeout=300, **options)
+    return call
+
+
+@pytest.fixture
+def folder_data(tmp_path) -> Path:
+    """ROOT/{train,val}/{images,labels}: six pairs of 40 x 48 pixels, three classes in flat colors, void id 255."""
+    rng = np.random.default_rng(0)
+    colors = np.array([[200, 40, 40], [40, 200, 40], [40, 40, 200], [0, 0, 0]], np.uint8)
+    for split in ("train", "val"):
+        for kind in ("images", "labels"):
+            (tmp_path / "data" / split / kind).mkdir(parents=True)
+        for i in range(6):
+            label = np.repeat(np.repeat(rng.integers(0, 4, (5, 6)), 8, 0), 8, 1).astype(np.uint8)
+            Image.fromarray(colors[label]).save(tmp_path / "data" / split / "images" / f"{i}.png")
+            label[label == 3] = 255
+            Image.fromarray(label).save(tmp_path / "data" / split / "labels" / f"{i}.png")
+    return tmp_path / "data"
+
+
+def error_line(result: subprocess.CompletedProcess) -> str:
+    """The one line that a failed script ends with; fails the test on a traceback or a success."""
+    assert result.returncode != 0, result.stdout
+    assert "Traceback" not in result.stderr, result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, result.stderr
+    return lines[0]

@@ -1,0 +1,97 @@
+import numpy as np
+import torch
+
+import losses
+
+
+def softmax(x, axis):
+    e = np.exp(x - x.max(axis, keepdims=True))
+    return e / e.sum(axis, keepdims=True)
+
+
+def numpy_focal(logits, target, weights, gamma):
+    p = softmax(logits.astype(np.float64), 1)
+    total = 0.0
+    for b, h, w in np.ndindex(target.shape):
+        t = target[b, h, w]
+        total -= weights[t] * (1 - p[b, t, h, w]) ** gamma * np.log(p[b, t, h, w])
+    return total / target.size
+
+
+def test_focal_loss_equals_its_formula():
+    rng = np.random.default_rng(0)
+    logits, target = rng.normal(size=(2, 4, 3, 5)), rng.integers(0, 4, (2, 3, 5))
+    weights = np.array([0.5, 2.0, 1.5, 0.0])
+    for gamma in (0.0, 1.0, 2.0):
+        ours = losses.focal_loss(torch.tensor(logits), torch.tensor(target), torch.tensor(weights), gamma)
+        assert np.isclose(ours, numpy_focal(logits, target, weights, gamma), rtol=1e-6)
+        fake = losses.fake_loss(torch.tensor(logits), gamma)
+        assert np.isclose(fake, numpy_focal(logits, np.full_like(target, 3), np.ones(4), gamma), rtol=1e-6)
+
+
+def test_focal_loss_without_focus_is_torchs_cross_entropy():
+    logits, target = torch.randn(2, 4, 3, 3), torch.randint(0, 3, (2, 3, 3))
+    reference = torch.nn.functional.cross_entropy(logits, target)
+    assert torch.allclose(losses.focal_loss(logits, target, torch.ones(4), 0.0), reference, atol=1e-6)
+
+
+def test_two_by_two_label_map_by_hand():
+    """Pixels 0 0 / 1 void: three classes of which two are present, p_t = 1/4 everywhere as logits are equal."""
+    target = torch.tensor([[[0, 0], [1, 3]]])
+    weights = losses.class_weights(torch.bincount(target.flatten(), minlength=4))
+    assert weights.tolist() == [1.0, 2.0, 0.0, 0.0]  # 4 pixels / 2 classes / (2, 1, absent, void)
+    loss = losses.focal_loss(torch.zeros(1, 4, 2, 2), target, weights, gamma=2.0)
+    assert torch.isclose(loss, torch.tensor((1 + 1 + 2 + 0) / 4 * (3 / 4) ** 2 * np.log(4)).float())
+
+
+def test_void_pixels_of_real_images_carry_no_gradient_and_those_of_fake_images_do():
+    logits, target = torch.randn(1, 4, 2, 2, requires_grad=True), torch.tensor([[[0, 0], [1, 3]]])
+    losses.focal_loss(logits, target, torch.tensor([1.0, 1, 1, 0]), 2.0).backward()
+    assert logits.grad[0, :, 1, 1].abs().max() == 0 and logits.grad[0, :, 0, 0].abs().max() > 0
+    logits.grad = None
+    losses.fake_loss(logits, 2.0).backward()
+    assert logits.grad[0, :, 1, 1].abs().max() > 0
+
+
+def test_contrastive_loss_equals_its_formula():
+    torch.manual_seed(0)
+    loss = losses.PatchContrast([5], num_patches=12, temperature=0.3)
+    fake, real = torch.randn(2, 5, 3, 4), torch.randn(2, 5, 3, 4)
+    ours = loss([fake], [real], torch.Generator().manual_seed(0)).item()
+    with torch.no_grad():
+        f, r = (loss.heads[0](x.flatten(2).transpose(1, 2)).numpy().astype(np.float64) for x in (fake, real))
+    f, r = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (f, r))
+    expected = np.mean([-np.log(softmax(f[b] @ r[b].T / 0.3, 1)[i, i]) for b in range(2) for i in range(12)])
+    assert np.isclose(ours, expected, rtol=1e-5)  # all 12 places are drawn, so their order does not matter
+
+
+def test_contrastive_loss_prefers_the_right_place():
+    loss = losses.PatchContrast([5], num_patches=12)
+    real = torch.randn(2, 5, 3, 4)
+    draw = lambda: torch.Generator().manual_seed(0)
+    assert loss([real], [real], draw()) < loss([real.roll(1, 3)], [real], draw())
+
+
+def test_diversity_distances_by_hand():
+    """Two flat images 0.4 apart in brightness differ in the first view alone."""
+    image1 = torch.zeros(1, 3, 16, 16)
+    distances = losses.diversity_distances(image1, image1 + 0.4, torch.ones(1, 1, 16, 16))
+    assert torch.allclose(distances, torch.tensor([[0.4, 0.0, 0.0]]), atol=1e-6)
+    color = torch.tensor([0.3, 0.0, -0.3]).view(1, 3, 1, 1)
+    distances = losses.diversity_distances(image1, image1 + color, torch.ones(1, 1, 16, 16))
+    assert torch.allclose(distances, torch.tensor([[0.0, 0.2, 0.0]]), atol=1e-6)
+
+
+def test_diversity_loss_is_a_hinge_inside_the_region():
+    image1, margins = torch.zeros(2, 3, 16, 16), torch.tensor([0.2, 0.1, 0.1])
+    region = torch.ones(2, 16, 16, dtype=torch.bool)
+    loss = lambda difference, region=region: losses.diversity_loss(image1, image1 + difference, region, margins).item()
+    assert np.isclose(loss(0.1), (0.5 + 1 + 1) / 3)  # half the margin in brightness, nothing in the other views
+    assert np.isclose(loss(0.5), (0 + 1 + 1) / 3)  # beyond the margin: no further pull
+    assert loss(0.1, region & False) == 0
+    left = region.clone()
+    left[:, :, 8:] = False
+    changed = torch.zeros_like(image1)
+    changed[..., :8] = 0.3
+    assert torch.isclose(losses.locality_loss(image1, changed, left), torch.tensor(0.0))
+    assert torch.isclose(losses.locality_loss(image1, changed, ~left), torch.tensor(0.15))

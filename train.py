@@ -1,0 +1,307 @@
+"""Train a model: torchrun --standalone [--nproc_per_node N] train.py --config FILE [key.path=value ...] [--resume]
+
+Everything goes to runs/NAME/: config.yaml, log.jsonl, metrics.jsonl, samples/STEP.png, checkpoints/.
+"""
+
+import argparse
+import json
+import math
+import os
+import resource
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import yaml
+from torch.utils.data import DataLoader
+from torchvision.utils import make_grid, save_image
+from tqdm import tqdm
+
+from checkpoint import copy_checkpoint, load_checkpoint, save_checkpoint
+from config import UserError, load_config
+from data import build_dataset, colorize
+from gan import GAN, noise
+from metrics import evaluate_generator, gan_sampler, higher_is_better
+
+
+class StepSampler:
+    """Batches of (index, draw) for this process, one a step, the same however many processes share them.
+
+    Sample number n = step * batch_size + place is image n % N of the n // N-th shuffle of the data set, and `draw`,
+    which its augmentation follows from, is n itself.
+    """
+
+    def __init__(self, length: int, batch_size: int, steps: range, seed: int, rank: int, world_size: int):
+        self.length, self.batch_size, self.steps, self.seed = length, batch_size, steps, seed
+        self.places = range(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __iter__(self):
+        epoch, order = None, None
+        for step in self.steps:
+            batch = []
+            for place in self.places:
+                n = step * self.batch_size + place
+                if n // self.length != epoch:
+                    epoch = n // self.length
+                    draw = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+                    order = torch.randperm(self.length, generator=draw).tolist()
+                batch.append((order[n % self.length], n))
+            yield batch
+
+
+def setup_distributed() -> tuple[int, int, torch.device]:
+    """Join the process group that torchrun set up, if any; returns rank, world size and device."""
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+    if "RANK" not in os.environ:
+        return 0, 1, device
+    dist.init_process_group("cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo")
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+def prepare_run(config: dict, resume: bool) -> tuple[Path, Path | None]:
+    """Make runs/NAME/, or find it again: its path and the checkpoint to go on from, if any. Nothing is overwritten."""
+    run = Path("runs") / config["name"]
+    latest = run / "checkpoints" / "latest.pt"
+    if run.exists() and not resume:
+        raise UserError(f"{run} exists; go on with --resume, or choose another name=...")
+    if (run / "config.yaml").exists():
+        before = load_config(run / "config.yaml")
+        for section in ("data", "generator", "discriminator", "backbone", "seed"):
+            if before[section] != config[section]:
+                raise UserError(f"{run}/config.yaml: {section} differs from the configuration given; "
+                                f"resume with the same, or choose another name=...")
+    for folder in ("checkpoints", "samples"):
+        (run / folder).mkdir(parents=True, exist_ok=True)
+    for leftover in (run / "checkpoints").glob("*.tmp"):
+        leftover.unlink()
+    (run / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    return run, latest if latest.exists() else None
+
+
+def drop_lines_after(path: Path, step: int) -> None:
+    """Drop the lines of a .jsonl file that lie past `step` or are cut short: their run ended before it saved."""
+    if path.exists():
+        lines = [line for line in path.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step]
+        path.write_text("".join(line + "\n" for line in lines))
+
+
+def append_line(path: Path, record: dict) -> None:
+    with open(path, "a") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def stop_requested(stop: bool) -> bool:
+    """True on every process as soon as one of them was asked to stop."""
+    if not dist.is_initialized():
+        return stop
+    flag = torch.tensor(int(stop))
+    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+    return bool(flag)
+
+
+def check_finite(pending: list[tuple[int, dict]], run: Path) -> None:
+    """Raise UserError for the first loss of the steps since the last look that is not finite."""
+    for step, values in pending:
+        for name, value in values.items():
+            if not math.isfinite(value):
+                raise UserError(f"{run}: {name} is {value} at step {step}; the last checkpoint is kept. "
+                                f"Go on from it with a lower train.lr_generator and train.lr_discriminator")
+
+
+def collect(pending: list[tuple[int, dict[str, torch.Tensor]]]) -> list[tuple[int, dict[str, float]]]:
+    """Losses of the steps since the last look, averaged over processes, as numbers: the one place that waits for a GPU."""
+    flat = torch.stack([value.float() for _, values in pending for value in values.values()])
+    if dist.is_initialized():
+        dist.all_reduce(flat)
+        flat /= dist.get_world_size()
+    numbers = iter(flat.tolist())
+    return [(step, {name: next(numbers) for name in values}) for step, values in pending]
+
+
+@torch.no_grad()
+def write_samples(path: Path, gan: GAN, dataset, count: int = 8) -> None:
+    """One sheet, a column a scene: label map, real image, two samples; under each sample what the discriminator
+    believes of it: its class map and how fake it thinks every pixel is (white: fake)."""
+    palette = torch.from_numpy(dataset.palette).to(gan.device)
+    paint = lambda label: palette[label].permute(0, 3, 1, 2).float() / 255
+    pairs = [dataset[i * len(dataset) // count] for i in range(min(count, len(dataset)))]
+    real, label_map = (torch.stack(column).to(gan.device) for column in zip(*pairs))
+    label_map = label_map.long()
+    rows = [paint(label_map), real.float() / 255]
+    for k in range(2):
+        z = noise([(i, k) for i in range(len(pairs))], gan.ema.z_dim, gan.device)
+        fake = gan.ema(label_map, z)
+        p = gan.discriminator(fake, gan.backbone(fake)).float().softmax(1)
+        rows += [fake.float() / 2 + 0.5, paint(p[:, :-1].argmax(1)), p[:, -1:].expand(-1, 3, -1, -1)]
+    save_image(make_grid(torch.cat(rows).cpu(), nrow=len(pairs), padding=1), path)
+
+
+def start_networks(gan: GAN, config: dict, dataset, source: Path | None) -> int:
+    """Load a checkpoint or measure what training needs; returns the step to start from."""
+    state = load_checkpoint(source or config["init_from"], gan.device) if source or config["init_from"] else None
+    if state is None:
+        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(config["seed"]))
+        images = torch.stack([dataset[i][0] for i in order[: config["backbone"]["calibration_images"]].tolist()])
+        gan.calibrate([batch.to(gan.device).float() / 127.5 - 1 for batch in images.split(16)])
+        return 0
+    if len(state["class_names"]) != gan.num_classes:
+        raise UserError(f"{source or config['init_from']}: trained on {len(state['class_names'])} classes, "
+                        f"the data set has {gan.num_classes}; choose the data set it was trained on")
+    try:
+        gan.load_state_dict(state, optimizers=bool(source))
+    except (RuntimeError, KeyError, ValueError) as error:
+        raise UserError(f"{source or config['init_from']}: its networks differ from those configured "
+                        f"({' '.join(str(error).split())[:200]}); use the configuration it was trained with") from error
+    return state["step"] if source else 0
+
+
+def main(config: dict, resume: bool) -> None:
+    rank, world_size, device = setup_distributed()
+    train, seed = config["train"], config["seed"]
+    if train["batch_size"] % (world_size * train["accumulation"]):
+        raise UserError(f"train.batch_size is {train['batch_size']}; it must be a multiple of "
+                        f"{world_size} processes x {train['accumulation']} rounds")
+    dataset = build_dataset(config["data"], "train", seed, augment=True)
+    held_out = build_dataset(config["data"], "val", seed)
+    gan = GAN(config, dataset.num_classes, device)
+    run, source = prepare_run(config, resume) if rank == 0 else (Path("runs") / config["name"], None)
+    if dist.is_initialized():
+        shared = [source]
+        dist.broadcast_object_list(shared, src=0)
+        source = shared[0]
+    first = start_networks(gan, config, dataset, source)
+
+    stop = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: stop.append(number))
+    sampler = StepSampler(len(dataset), train["batch_size"], range(first, train["steps"]), seed, rank, world_size)
+    loader = DataLoader(dataset, batch_sampler=sampler, num_workers=config["data"]["workers"],
+                        pin_memory=device.type == "cuda", worker_init_fn=leave_signals_to_parent)
+    due = lambda every, step: step == train["steps"] or bool(every) and step % every == 0
+    recorder = Recorder(run, first, config) if rank == 0 else None
+    segmenter = None
+    pending, since = [], time.time()
+    bar = tqdm(loader, initial=first, total=train["steps"], disable=rank != 0, unit="step", dynamic_ncols=True)
+    for step, (image, label_map) in enumerate(bar, first + 1):
+        image, label_map = (t.to(device, non_blocking=True) for t in (image, label_map))
+        pending.append((step, gan.step(image, label_map, step - 1, list(sampler.places))))
+        stopping = stop_requested(bool(stop))
+        logging, evaluating = due(train["log_every"], step), due(train["eval_every"], step)
+        saving = due(train["save_every"], step) or stopping
+        if logging or saving or evaluating:
+            numbers = collect(pending)
+            check_finite(numbers, run)
+            if rank == 0 and logging:
+                values = {name: value for _, losses in numbers for name, value in losses.items()}
+                recorder.log({"step": step, **values,
+                              "images_per_second": len(pending) * train["batch_size"] / (time.time() - since),
+                              "lr_generator": train["lr_generator"], "lr_discriminator": train["lr_discriminator"],
+                              "peak_memory_gib": peak_memory(device)})
+                bar.set_postfix({name: f"{value:.3f}" for name, value in values.items()}, refresh=False)
+            pending, since = [], time.time()
+        if rank == 0 and due(train["sample_every"], step):
+            write_samples(run / "samples" / f"{step:07d}.png", gan, held_out)
+        if rank == 0 and saving:
+            save(run, step, config, dataset, gan)
+        if evaluating and not stopping:
+            metrics = evaluate_generator(gan_sampler(gan.ema), held_out, config["eval"], device, run / "cache",
+                                         segmenter, rank=rank, world_size=world_size)
+            if rank == 0 and recorder.evaluation(step, metrics):
+                if not saving:
+                    save(run, step, config, dataset, gan)
+                copy_checkpoint(run / "checkpoints" / "latest.pt", run / "checkpoints" / "best.pt")
+        since = time.time() if saving or evaluating else since
+        if stopping:
+            if rank == 0:
+                print(f"\nstopped at step {step}; saved {run}/checkpoints/latest.pt; go on with --resume")
+            break
+    bar.close()
+    if rank == 0 and not stop:
+        print(f"samples: {sorted((run / 'samples').glob('*.png'))[-1]}\ncheckpoint: {run}/checkpoints/latest.pt")
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def save(run: Path, step: int, config: dict, dataset, gan: GAN) -> None:
+    """Write checkpoints/STEP.pt and latest.pt; drop the oldest beyond train.keep."""
+    folder = run / "checkpoints"
+    save_checkpoint({"config": config, "class_names": dataset.class_names, "palette": dataset.palette.tolist(),
+                     "step": step, **gan.state_dict()}, folder / f"{step:07d}.pt")
+    copy_checkpoint(folder / f"{step:07d}.pt", folder / "latest.pt")
+    for old in sorted(folder.glob("[0-9]*.pt"))[: -config["train"]["keep"]]:
+        old.unlink()
+
+
+def leave_signals_to_parent(worker: int) -> None:
+    """Ctrl-C reaches the loading processes too; the training process finishes its step and ends them."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN if number == signal.SIGINT else signal.SIG_DFL)
+
+
+class Recorder:
+    """log.jsonl, metrics.jsonl and, where tensorboard is installed, its events; remembers the best evaluation."""
+
+    def __init__(self, run: Path, first: int, config: dict):
+        self.run, self.metric = run, config["eval"]["metric"]
+        for name in ("log.jsonl", "metrics.jsonl"):
+            drop_lines_after(run / name, first)
+        self.best = math.inf
+        if (run / "metrics.jsonl").exists():
+            for line in (run / "metrics.jsonl").read_text().splitlines():
+                self.best = min(self.best, self.score(json.loads(line)))
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+            self.events = SummaryWriter(run, purge_step=first)
+        except ImportError:
+            self.events = None
+
+    def score(self, metrics: dict) -> float:
+        """The value that picks best.pt, so that lower is better."""
+        value = metrics[self.metric]
+        return -value if higher_is_better(self.metric) else value
+
+    def log(self, record: dict) -> None:
+        append_line(self.run / "log.jsonl", record)
+        self.add_events(record)
+
+    def evaluation(self, step: int, metrics: dict) -> bool:
+        """Record an evaluation; True if it is the best so far."""
+        append_line(self.run / "metrics.jsonl", {"step": step, **metrics})
+        self.add_events({"step": step, **metrics})
+        better = self.score(metrics) < self.best
+        self.best = min(self.best, self.score(metrics))
+        return better
+
+    def add_events(self, record: dict) -> None:
+        for name, value in record.items():
+            if self.events and isinstance(value, (int, float)) and name != "step":
+                self.events.add_scalar(name, value, record["step"])
+
+
+def peak_memory(device: torch.device) -> float:
+    """Most memory in use so far, GiB: of the device, or of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2 ** 30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="config.yaml")
+    parser.add_argument("--resume", action="store_true", help="go on with runs/NAME from its latest checkpoint")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value")
+    arguments = parser.parse_intermixed_args()
+    try:
+        main(load_config(arguments.config, arguments.overrides), arguments.resume)
+    except UserError as error:
+        sys.exit(f"error: {error}")
