@@ -54,8 +54,9 @@ SCHEMA = {
         "contrastive_temperature": (float, 0.3, "temperature of its softmax"),
         "perceptual": (float, 0.0, "weight of an L1 distance between backbone features, an alternative to the former"),
         "diversity": (float, 5.0, "weight of the diversity hinge"),
-        "diversity_margin": (float, 0.5, "required distance, as a share of that between different real images"),
+        "diversity_margin": (list, [0.3, 0.3, 0.3], "required distance in coarse brightness, coarse color and detail, as shares of\n                             that between different real images"),
         "diversity_every": (int, 2, "every so many steps; its gradient is not scaled up in return"),
+        "diversity_regional": (float, 0.5, "share of the pairs whose noises differ in random classes alone"),
         "locality": (float, 5.0, "weight of the change outside the region whose noise was redrawn"),
     },
     "train": {
@@ -82,6 +83,7 @@ SCHEMA = {
         "kid_subsets": (int, 100, "subsets that KID is averaged over"),
         "kid_subset_size": (int, 1000, "images a subset, at most those there are"),
         "segmenter": (OptionalStr, None, "file or hf:NAME; none: one is trained on the real training split"),
+        "segmenter_mapping": (list | None, None, "class for each id of that segmenter, -1 for none; none: by name or the same"),
         "segmenter_steps": (int, 400, "training steps of that one"),
         "diversity_network": (str, "stlpips_vgg", "lpips_alex, lpips_vgg, stlpips_alex or stlpips_vgg"),
         "diversity_weights": (OptionalStr, None, "local weight file of the backbone of lpips_*"),
@@ -198,6 +200,7 @@ def _check_values(config: dict, source: str) -> None:
         need(train[key] > 0, f"train.{key}", "it is at least 1")
     for key in ("steps", "sample_every", "eval_every", "save_every"):
         need(train[key] >= 0, f"train.{key}", "it is not negative")
+    need(len(config["loss"]["diversity_margin"]) == 3, "loss.diversity_margin", "give three shares")
     need(len(train["betas"]) == 2, "train.betas", "Adam has two")
     need(config["loss"]["diversity_every"] > 0, "loss.diversity_every", "it is at least 1")
     need(bool(config["name"]) and not set(config["name"]) & set('/\\'), "name", "it is the name of one folder")

@@ -79,7 +79,8 @@ class GAN:
         """Measure, on batches of real images (B, 3, H, W) in [-1, 1], the backbone's statistics and the diversity margins."""
         self.backbone.calibrate(images)
         distances = [losses.diversity_distances(x, x.roll(1, 0), torch.ones_like(x[:, :1])) for x in images]
-        self.margins = self.config["loss"]["diversity_margin"] * torch.cat(distances).mean(0)
+        shares = torch.tensor(self.config["loss"]["diversity_margin"], device=self.device)
+        self.margins = shares * torch.cat(distances).mean(0)
 
     def step(self, image: torch.Tensor, label_map: torch.Tensor, step: int, samples: list[int]) -> dict[str, torch.Tensor]:
         """Update both networks once.
@@ -155,11 +156,12 @@ class GAN:
         return values
 
     def _regions(self, label_map: torch.Tensor, step: int, samples: list[int]) -> torch.Tensor:
-        """Where the second noise holds, (B, H, W) bool: everywhere in half of the images, in random classes in the rest."""
+        """Where the second noise holds, (B, H, W) bool: in random classes in a share of the images, everywhere in the rest."""
         keep = []
         for s in samples:
             rng = np.random.default_rng((self.config["seed"], step, s, 2))
-            keep.append(np.ones(self.num_classes + 1, bool) if rng.random() < 0.5 else rng.random(self.num_classes + 1) < 0.5)
+            regional = rng.random() < self.config["loss"]["diversity_regional"]
+            keep.append((rng.random(self.num_classes + 1) < 0.5) | (not regional))
         keep = torch.from_numpy(np.stack(keep)).to(self.device)
         return keep.gather(1, label_map.flatten(1)).view_as(label_map)
 

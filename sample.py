@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from checkpoint import load_generator
 from config import UserError
-from data import colorize, label_format, read_label_file
+from labels import colorize, label_format, read_label_file
 from gan import noise
 from metrics import to_uint8
 

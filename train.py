@@ -22,9 +22,11 @@ from tqdm import tqdm
 
 from checkpoint import copy_checkpoint, load_checkpoint, save_checkpoint
 from config import UserError, load_config
-from data import build_dataset, colorize
+from data import build_dataset, quick_check
 from gan import GAN, noise
-from metrics import evaluate_generator, gan_sampler, higher_is_better
+from judges import PerceptualNetwork, feature_network
+from segmenter import segmenter_for
+from metrics import evaluate_generator, gan_sampler, higher_is_better, metric_names
 
 
 class StepSampler:
@@ -68,24 +70,27 @@ def setup_distributed() -> tuple[int, int, torch.device]:
     return dist.get_rank(), dist.get_world_size(), device
 
 
-def prepare_run(config: dict, resume: bool) -> tuple[Path, Path | None]:
-    """Make runs/NAME/, or find it again: its path and the checkpoint to go on from, if any. Nothing is overwritten."""
-    run = Path("runs") / config["name"]
-    latest = run / "checkpoints" / "latest.pt"
+def find_checkpoint(run: Path, config: dict, resume: bool) -> Path | None:
+    """The checkpoint to go on from, if any. Raises UserError where a run would be overwritten or is another one."""
     if run.exists() and not resume:
         raise UserError(f"{run} exists; go on with --resume, or choose another name=...")
     if (run / "config.yaml").exists():
         before = load_config(run / "config.yaml")
-        for section in ("data", "generator", "discriminator", "backbone", "seed"):
+        for section in ("seed", "data", "generator", "discriminator", "backbone"):
             if before[section] != config[section]:
                 raise UserError(f"{run}/config.yaml: {section} differs from the configuration given; "
                                 f"resume with the same, or choose another name=...")
+    latest = run / "checkpoints" / "latest.pt"
+    return latest if latest.exists() else None
+
+
+def make_run(run: Path, config: dict) -> None:
+    """The folders of a run, its resolved configuration; what a killed process was writing is cleared away."""
     for folder in ("checkpoints", "samples"):
         (run / folder).mkdir(parents=True, exist_ok=True)
     for leftover in (run / "checkpoints").glob("*.tmp"):
         leftover.unlink()
     (run / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
-    return run, latest if latest.exists() else None
 
 
 def drop_lines_after(path: Path, step: int) -> None:
@@ -107,6 +112,30 @@ def stop_requested(stop: bool) -> bool:
     flag = torch.tensor(int(stop))
     dist.all_reduce(flag, op=dist.ReduceOp.MAX)
     return bool(flag)
+
+
+def from_first_process(compute):
+    """What `compute()` gives in the first process, in all of them."""
+    result = [compute() if not dist.is_initialized() or dist.get_rank() == 0 else None]
+    if dist.is_initialized():
+        dist.broadcast_object_list(result, src=0)
+    return result[0]
+
+
+def check_fit(config: dict, gan: GAN, world_size: int) -> None:
+    """Raise UserError where processes, sizes or judges do not go together, before anything is spent on them."""
+    train, judges = config["train"], config["eval"]
+    if train["batch_size"] % (world_size * train["accumulation"]):
+        raise UserError(f"train.batch_size is {train['batch_size']}; it must be a multiple of "
+                        f"{world_size} processes x {train['accumulation']} rounds")
+    if any(side % gan.generator.divisor for side in config["data"]["size"]):
+        raise UserError(f"data.size is {config['data']['size']}; both must be multiples of {gan.generator.divisor} "
+                        f"for this generator")
+    if judges["metric"] not in metric_names(judges):
+        raise UserError(f"eval.metric is {judges['metric']!r}; with these judges there are {', '.join(metric_names(judges))}")
+    feature_network(judges["features"], judges["features_weights"], size=judges["features_size"])
+    if judges["diversity_samples"] > 1:
+        PerceptualNetwork(judges["diversity_network"], judges["diversity_weights"], judges["diversity_size"])
 
 
 def check_finite(pending: list[tuple[int, dict]], run: Path) -> None:
@@ -167,19 +196,20 @@ def start_networks(gan: GAN, config: dict, dataset, source: Path | None) -> int:
 
 def main(config: dict, resume: bool) -> None:
     rank, world_size, device = setup_distributed()
-    train, seed = config["train"], config["seed"]
-    if train["batch_size"] % (world_size * train["accumulation"]):
-        raise UserError(f"train.batch_size is {train['batch_size']}; it must be a multiple of "
-                        f"{world_size} processes x {train['accumulation']} rounds")
+    train, seed, run = config["train"], config["seed"], Path("runs") / config["name"]
+    source = from_first_process(lambda: find_checkpoint(run, config, resume))
     dataset = build_dataset(config["data"], "train", seed, augment=True)
     held_out = build_dataset(config["data"], "val", seed)
+    if rank == 0:
+        quick_check(dataset)
+        quick_check(held_out)
     gan = GAN(config, dataset.num_classes, device)
-    run, source = prepare_run(config, resume) if rank == 0 else (Path("runs") / config["name"], None)
-    if dist.is_initialized():
-        shared = [source]
-        dist.broadcast_object_list(shared, src=0)
-        source = shared[0]
+    check_fit(config, gan, world_size)
     first = start_networks(gan, config, dataset, source)
+    if rank == 0:
+        make_run(run, config)
+    cache = run.parent / "cache"  # what the judges know of the real images, shared by all runs
+    segmenter = segmenter_for(config, cache, device, rank)
 
     stop = []
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -189,7 +219,6 @@ def main(config: dict, resume: bool) -> None:
                         pin_memory=device.type == "cuda", worker_init_fn=leave_signals_to_parent)
     due = lambda every, step: step == train["steps"] or bool(every) and step % every == 0
     recorder = Recorder(run, first, config) if rank == 0 else None
-    segmenter = None
     pending, since = [], time.time()
     bar = tqdm(loader, initial=first, total=train["steps"], disable=rank != 0, unit="step", dynamic_ncols=True)
     for step, (image, label_map) in enumerate(bar, first + 1):
@@ -214,8 +243,8 @@ def main(config: dict, resume: bool) -> None:
         if rank == 0 and saving:
             save(run, step, config, dataset, gan)
         if evaluating and not stopping:
-            metrics = evaluate_generator(gan_sampler(gan.ema), held_out, config["eval"], device, run / "cache",
-                                         segmenter, rank=rank, world_size=world_size)
+            metrics = evaluate_generator(gan_sampler(gan.ema), held_out, config["eval"], device, cache, segmenter,
+                                         rank=rank, world_size=world_size)
             if rank == 0 and recorder.evaluation(step, metrics):
                 if not saving:
                     save(run, step, config, dataset, gan)
@@ -227,6 +256,7 @@ def main(config: dict, resume: bool) -> None:
             break
     bar.close()
     if rank == 0 and not stop:
+        print(summary(recorder.latest))
         print(f"samples: {sorted((run / 'samples').glob('*.png'))[-1]}\ncheckpoint: {run}/checkpoints/latest.pt")
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -255,7 +285,7 @@ class Recorder:
         self.run, self.metric = run, config["eval"]["metric"]
         for name in ("log.jsonl", "metrics.jsonl"):
             drop_lines_after(run / name, first)
-        self.best = math.inf
+        self.best, self.latest = math.inf, {}
         if (run / "metrics.jsonl").exists():
             for line in (run / "metrics.jsonl").read_text().splitlines():
                 self.best = min(self.best, self.score(json.loads(line)))
@@ -278,6 +308,7 @@ class Recorder:
         """Record an evaluation; True if it is the best so far."""
         append_line(self.run / "metrics.jsonl", {"step": step, **metrics})
         self.add_events({"step": step, **metrics})
+        self.latest = metrics
         better = self.score(metrics) < self.best
         self.best = min(self.best, self.score(metrics))
         return better
@@ -286,6 +317,11 @@ class Recorder:
         for name, value in record.items():
             if self.events and isinstance(value, (int, float)) and name != "step":
                 self.events.add_scalar(name, value, record["step"])
+
+
+def summary(metrics: dict) -> str:
+    """The metrics that are single numbers, a line each."""
+    return "\n".join(f"{name:32} {value:.4g}" for name, value in metrics.items() if isinstance(value, (int, float)))
 
 
 def peak_memory(device: torch.device) -> float:

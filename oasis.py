@@ -1,0 +1,399 @@
+"""OASIS, the GAN baseline: generator, discriminator, LabelMix, and the official checkpoints.
+
+Sushko et al., "You Only Need Adversarial Supervision for Semantic Image Synthesis", ICLR 2021 (arXiv 2012.04781); the
+published networks are those of boschresearch/OASIS. What is computed here is the same, with less work:
+
+- The generator's label input is never a one-hot map. A 3 x 3 convolution of one is the sum of nine rows of its
+  weights, one for each neighbor's class; noise that is constant over a region is nine more rows. Where few distinct
+  neighborhoods occur, as in drawn maps, a SPADE layer's label branch is computed once for each and copied.
+- In the discriminator, a 3 x 3 convolution followed by 2 x 2 average pooling is one 4 x 4 convolution of stride 2, and
+  one that follows nearest upsampling is one 4 x 4 transposed convolution of stride 2.
+
+Label maps hold classes 0..C-1 and C for void. OASIS's cross-entropy is `focal_loss` and `fake_loss` of
+losses.py with gamma 0. The official code puts "unknown" and "fake" first; see `load_official`.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from config import UserError
+
+BLOCKS = 6                   # residual blocks in the generator, and down and up in the discriminator
+SPADE_HIDDEN = 128           # channels between the label map and a SPADE layer's scale and shift
+SHARE_BELOW = 1 / 3          # distinct neighborhoods per pixel under which sharing them is the faster way
+
+
+class Neighborhoods(NamedTuple):
+    """What the label branches at one resolution look up; N pixels, M distinct 3 x 3 and P distinct 5 x 5
+    neighborhoods (without sharing M = N, and `windows` and `pixels` are None)."""
+    rows: Tensor             # (M, 18) rows of `LabelConv`'s table: nine neighbors' classes, and their noise
+    windows: Tensor | None   # (P, 9) the 3 x 3 neighborhoods inside each 5 x 5 one, M = outside the image
+    pixels: Tensor | None    # (N,) the 5 x 5 neighborhood around each pixel
+    noise: Tensor            # (V, z_dim), the noise vectors that the rows refer to
+    shape: tuple[int, ...]   # (B, h, w)
+
+
+def _windows(ids: Tensor, outside: int) -> Tensor:
+    """Ids (B, h, w) -> (B * h * w, 9), the 3 x 3 window around each pixel, in row-major order."""
+    return F.pad(ids, (1, 1, 1, 1), value=outside).unfold(1, 3, 1).unfold(2, 3, 1).reshape(-1, 9)
+
+
+def _distinct_windows(ids: Tensor, count: int) -> tuple[Tensor, int]:
+    """Ids 0..count-1 (B, h, w) -> ids of their distinct 3 x 3 windows (B, h, w), and how many there are. Exact:
+    three ids are packed in one integer, along rows, then columns, and with fewer than 2^21 pixels they fit."""
+    for dim in (2, 1):
+        padded = F.pad(ids, (1, 1, 0, 0) if dim == 2 else (0, 0, 1, 1), value=count)
+        before, here, after = padded.unfold(dim, 3, 1).unbind(-1)
+        distinct, ids = torch.unique((before * (count + 1) + here) * (count + 1) + after, return_inverse=True)
+        count = len(distinct)
+    return ids, count
+
+
+def _examples(ids: Tensor, count: int) -> Tensor:
+    """For each id 0..count-1 one pixel that has it, an index into the flattened map; (count,)."""
+    return ids.new_empty(count).scatter_(0, ids.flatten(), torch.arange(ids.numel(), device=ids.device))
+
+
+def _neighborhoods(label_map: Tensor, noise: Tensor, noise_ids: Tensor, num_classes: int) -> Neighborhoods:
+    """Prepare one resolution: noise (V, z_dim), label_map and noise_ids (rows of noise) int64 (B, h, w)."""
+    if len(noise) > noise_ids.numel():  # noise for each pixel of a larger map
+        used, noise_ids = torch.unique(noise_ids, return_inverse=True)
+        noise = noise[used]
+    # The table's blocks of nine rows: 0 = outside (zeros), then the classes and void, then the noise vectors.
+    blocks = torch.cat([_windows(label_map + 1, outside=0), _windows(noise_ids + num_classes + 2, outside=0)], dim=1)
+    rows = 9 * blocks + torch.arange(9, device=blocks.device).repeat(2)
+    dense = Neighborhoods(rows, None, None, noise, tuple(label_map.shape))
+    # On a GPU the counts would have to reach the host at every resolution, which costs more than it saves.
+    if rows.is_cuda or len(rows) >= 2**21:
+        return dense
+    values, tokens = torch.unique(noise_ids * (num_classes + 1) + label_map, return_inverse=True)
+    threes, three_count = _distinct_windows(tokens, len(values))
+    if three_count > SHARE_BELOW * len(rows):
+        return dense
+    fives, five_count = _distinct_windows(threes, three_count)
+    if five_count > SHARE_BELOW * len(rows):
+        return dense
+    windows = _windows(threes, outside=three_count)[_examples(fives, five_count)]
+    return dense._replace(rows=rows[_examples(threes, three_count)], windows=windows, pixels=fives.flatten())
+
+
+class LabelConv(nn.Conv2d):
+    """3 x 3 convolution of [noise, one-hot label map] without building that input; weight: (features, z_dim + C + 1,
+    3, 3), noise channels first, then classes 0..C-1, then void."""
+
+    def __init__(self, z_dim: int, num_classes: int, features: int):
+        super().__init__(z_dim + num_classes + 1, features, 3, padding=1)
+        self.z_dim = z_dim
+
+    def forward(self, near: Neighborhoods) -> Tensor:
+        """-> (M, features), one row for each distinct 3 x 3 neighborhood."""
+        by_channel = self.weight.permute(1, 2, 3, 0)
+        by_noise = near.noise @ by_channel[:self.z_dim].flatten(1)
+        blocks = [by_channel.new_zeros(9, self.out_channels), by_channel[self.z_dim:].flatten(0, 2),
+                  by_noise.to(by_channel.dtype).view(-1, self.out_channels)]
+        return F.embedding_bag(near.rows, torch.cat(blocks), mode="sum") + self.bias
+
+
+def _as_map(rows: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """(B * h * w, features) -> (B, features, h, w), channels last in memory."""
+    return rows.view(*shape, -1).permute(0, 3, 1, 2)
+
+
+class SpectralConv2d(nn.Conv2d):
+    """Convolution whose weight matrix (out, in * k * k) is divided by its largest singular value, as estimated by
+    one power iteration at each forward in training mode. torch's parametrization takes the iteration's two halves
+    in the other order, so official vectors u and v would not go on in it as in the published networks."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        for name, size in (("u", self.weight.shape[0]), ("v", self.weight[0].numel())):
+            self.register_buffer(name, F.normalize(torch.randn(size), dim=0))
+
+    def normalized_weight(self) -> Tensor:
+        """weight / (u' weight v), in float32 whatever autocast says; in training after v <- W' u and u <- W v."""
+        with torch.autocast(self.weight.device.type, enabled=False):
+            matrix = self.weight.flatten(1)
+            if self.training:
+                with torch.no_grad():
+                    self.v.copy_(F.normalize(matrix.T @ self.u, dim=0, eps=1e-12))
+                    self.u.copy_(F.normalize(matrix @ self.v, dim=0, eps=1e-12))
+            # Copies, because a second forward before backward changes u and v in place.
+            return self.weight / torch.dot(self.u.clone(), matrix @ self.v.clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, self.normalized_weight(), self.bias)
+
+
+def _check_size(height: int, width: int, step: int, network: str) -> None:
+    if height % step or width % step:
+        raise UserError(f"image size {height} x {width}: OASIS's {network} needs multiples of {step}; change data.size")
+
+
+@torch.no_grad()
+def _initialize(network: nn.Module) -> None:
+    """Xavier normal weights of gain 0.02 and zero biases, as published; settled spectral norms, as torch's are."""
+    for parameter in network.parameters():
+        nn.init.xavier_normal_(parameter, gain=0.02) if parameter.ndim == 4 else nn.init.zeros_(parameter)
+    for module in [module for module in network.modules() if isinstance(module, SpectralConv2d)] * 15:
+        module.normalized_weight()
+
+
+class SPADE(nn.Module):
+    """norm(x) * (1 + gamma) + beta, gamma and beta from the noise and the label map; norm has no affine."""
+
+    def __init__(self, features: int, z_dim: int, num_classes: int):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(features, affine=False)
+        self.shared = LabelConv(z_dim, num_classes, SPADE_HIDDEN)
+        self.gamma = nn.Conv2d(SPADE_HIDDEN, features, 3, padding=1)
+        self.beta = nn.Conv2d(SPADE_HIDDEN, features, 3, padding=1)
+
+    def forward(self, x: Tensor, near: Neighborhoods) -> Tensor:
+        """x: (B, features, h, w) -> the same shape."""
+        hidden = F.relu(self.shared(near))
+        weight = torch.cat([self.gamma.weight, self.beta.weight])
+        bias = torch.cat([self.gamma.bias + 1, self.beta.bias])
+        if near.pixels is None:
+            scale, shift = F.conv2d(_as_map(hidden, near.shape), weight, bias, padding=1).chunk(2, dim=1)
+        else:
+            hidden = F.pad(hidden, (0, 0, 0, 1))  # the row that windows call outside: zero padding
+            windows = F.embedding(near.windows, hidden).flatten(1)
+            both = F.linear(windows, weight.permute(0, 2, 3, 1).flatten(1), bias)
+            scale, shift = (_as_map(F.embedding(near.pixels, half), near.shape) for half in both.chunk(2, dim=1))
+        return torch.addcmul(shift, self.norm(x), scale)
+
+
+class GeneratorBlock(nn.Module):
+    """Residual block whose normalizations are SPADE layers."""
+
+    def __init__(self, features_in: int, features_out: int, z_dim: int, num_classes: int):
+        super().__init__()
+        middle = min(features_in, features_out)
+        self.conv_0 = SpectralConv2d(features_in, middle, 3, padding=1)
+        self.conv_1 = SpectralConv2d(middle, features_out, 3, padding=1)
+        self.norm_0 = SPADE(features_in, z_dim, num_classes)
+        self.norm_1 = SPADE(middle, z_dim, num_classes)
+        self.learned_shortcut = features_in != features_out
+        if self.learned_shortcut:
+            self.conv_s = SpectralConv2d(features_in, features_out, 1, bias=False)
+            self.norm_s = SPADE(features_in, z_dim, num_classes)
+
+    def forward(self, x: Tensor, near: Neighborhoods) -> Tensor:
+        shortcut = self.conv_s(self.norm_s(x, near)) if self.learned_shortcut else x
+        x = self.conv_0(F.leaky_relu(self.norm_0(x, near), 0.2, inplace=True))
+        x = self.conv_1(F.leaky_relu(self.norm_1(x, near), 0.2, inplace=True))
+        return shortcut + x
+
+
+class OASISGenerator(nn.Module):
+    """Label map and noise -> image.
+
+    Args:
+        num_classes: C; label maps hold 0..C-1 and C for void.
+        height, width: of the images, multiples of 32 (UserError otherwise).
+        channels: width of the last block (64 as published, 74.3 M parameters at C = 150).
+        z_dim: channels of the noise.
+
+    For training on several GPUs convert with `nn.SyncBatchNorm.convert_sync_batchnorm`, as published. It refuses CPU
+    tensors: several CPU processes each normalize by their own share of the batch, which only approximates one process.
+    """
+
+    def __init__(self, num_classes: int, height: int, width: int, channels: int = 64, z_dim: int = 64):
+        super().__init__()
+        self.num_classes, self.z_dim = num_classes, z_dim
+        _check_size(height, width, 2 ** (BLOCKS - 1), "generator")
+        features = [channels * factor for factor in (16, 16, 16, 8, 4, 2, 1)]
+        self.first = LabelConv(z_dim, num_classes, features[0])
+        self.blocks = nn.ModuleList(GeneratorBlock(*pair, z_dim, num_classes) for pair in pairwise(features))
+        self.to_rgb = nn.Conv2d(channels, 3, 3, padding=1)
+        _initialize(self)
+
+    def forward(self, label_map: Tensor, z: Tensor, z2: Tensor | None = None, region: Tensor | None = None,
+                noise_ids: Tensor | None = None) -> Tensor:
+        """Generate images (B, 3, height, width) in [-1, 1].
+
+        Args:
+            label_map: int64 (B, height, width) in 0..C.
+            z: (B, z_dim), the noise of each image, the same in all its pixels.
+            z2: (B, z_dim), the noise where `region`, bool (B, height, width), is True instead.
+            noise_ids: int64 (B, height, width); z is then (any number, z_dim) and this is the row that each pixel
+                takes: one for each class of each image, or for each pixel (local noise, in the paper only).
+        """
+        if noise_ids is None:
+            noise_ids = torch.arange(len(z), device=z.device).view(-1, 1, 1).expand_as(label_map)
+        if z2 is not None:
+            z, noise_ids = torch.cat([z, z2]), noise_ids + len(z) * region
+        for i, block in enumerate(self.blocks):
+            stride = 2 ** (BLOCKS - 1 - i)  # nearest resizing by a whole factor keeps every stride-th pixel
+            labels, ids = (ids[:, ::stride, ::stride] for ids in (label_map, noise_ids))
+            near = _neighborhoods(labels, z, ids, self.num_classes)
+            x = self._first_features(near) if i == 0 else F.interpolate(x, scale_factor=2)
+            x = block(x, near)
+        return torch.tanh(self.to_rgb(F.leaky_relu(x, 0.2)))
+
+    def _first_features(self, near: Neighborhoods) -> Tensor:
+        features = self.first(near)
+        if near.pixels is not None:
+            features = F.embedding(near.windows[near.pixels, 4], features)  # 4: the window's center
+        return _as_map(features, near.shape)
+
+
+@torch.no_grad()
+def refresh_batch_norm(generator: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Measure the batch-norm statistics of an averaged generator (moving average of weights) before it is used.
+
+    They become the plain mean over all batches (about 50 are enough) of label maps (B, H, W) and noise (B, z_dim);
+    the published code keeps a running mean of momentum 0.1 over 51. Nothing else changes, but the generator is in
+    eval mode then. Processes that share the model must pass the same batches.
+    """
+    norms = [module for module in generator.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    generator.eval()
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # cumulative mean
+        norm.train()
+    for batch in batches:
+        generator(*batch)
+    for norm, momentum in zip(norms, momenta):
+        norm.momentum = momentum
+    generator.eval()
+
+
+def _box(weight: Tensor) -> Tensor:
+    """(..., 3, 3) kernels convolved with a 2 x 2 box of ones: (..., 4, 4)."""
+    return sum(F.pad(weight, (left, 1 - left, top, 1 - top)) for left in (0, 1) for top in (0, 1))
+
+
+def conv_then_pool(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """avg_pool2d(conv2d(x, weight, bias, padding=1), 2) as one 4 x 4 convolution: 4/9 of the products."""
+    return F.conv2d(x, _box(weight) / 4, bias, stride=2, padding=1)
+
+
+def upsample_then_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """conv2d(nearest-upsampled x, weight, bias, padding=1) as one transposed convolution: 4/9 of the products."""
+    return F.conv_transpose2d(x, _box(weight.flip(2, 3)).transpose(0, 1), bias, stride=2, padding=1)
+
+
+class DiscriminatorBlock(nn.Module):
+    """Residual block that halves (`up` False) or doubles (`up` True) the resolution."""
+
+    def __init__(self, features_in: int, features_out: int, up: bool, first: bool = False):
+        super().__init__()
+        self.up, self.first = up, first
+        self.conv_1 = SpectralConv2d(features_in, features_out, 3, padding=1)
+        self.conv_2 = SpectralConv2d(features_out, features_out, 3, padding=1)
+        self.conv_s = SpectralConv2d(features_in, features_out, 1) if features_in != features_out else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        # A 1 x 1 convolution commutes with pooling and with upsampling: it runs at the lower resolution.
+        shortcut = self.conv_s(x if self.up else F.avg_pool2d(x, 2))
+        x = x if self.first else F.leaky_relu(x, 0.2)
+        if self.up:
+            x = upsample_then_conv(x, self.conv_1.normalized_weight(), self.conv_1.bias)
+            return self.conv_2(F.leaky_relu(x, 0.2, inplace=True)) + F.interpolate(shortcut, scale_factor=2)
+        x = F.leaky_relu(self.conv_1(x), 0.2, inplace=True)
+        return conv_then_pool(x, self.conv_2.normalized_weight(), self.conv_2.bias) + shortcut
+
+
+class OASISDiscriminator(nn.Module):
+    """Image -> class logits of every pixel, a U-Net. `channels`: half the width of the first block (64 as published,
+    22.3 M parameters at C = 150).
+
+    The C + 2 logits are the C classes, unknown (channel C, void's id) and, last, fake. Published OASIS has the
+    unknown channel too: no pixel ever counts with it as its target, but it takes part in the softmax.
+    """
+
+    def __init__(self, num_classes: int, channels: int = 64):
+        super().__init__()
+        widths = [channels * factor for factor in (2, 2, 4, 4, 8, 8)]
+        self.down = nn.ModuleList(
+            DiscriminatorBlock(*pair, up=False, first=pair[0] == 3) for pair in pairwise([3, *widths]))
+        inputs = [widths[-1]] + [2 * width for width in widths[-2::-1]]  # all but the first see a skip beside
+        self.up = nn.ModuleList(DiscriminatorBlock(*pair, up=True) for pair in zip(inputs, [*widths[-2::-1], channels]))
+        self.to_logits = nn.Conv2d(channels, num_classes + 2, 1)
+        _initialize(self)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images: (B, 3, H, W) in [-1, 1], H and W multiples of 64 (UserError) -> logits (B, C + 2, H, W)."""
+        _check_size(*images.shape[2:], 2**BLOCKS, "discriminator")
+        skips = [images.contiguous(memory_format=torch.channels_last)]
+        for block in self.down:
+            skips.append(block(skips[-1]))
+        x = self.up[0](skips[-1])
+        for block, skip in zip(self.up[1:], skips[-2:0:-1]):
+            x = block(torch.cat([skip, x], dim=1))
+        return self.to_logits(x)
+
+
+def labelmix_mask(label_map: Tensor, num_classes: int, generator: torch.Generator) -> Tensor:
+    """A fair coin for each class (void too), one for the whole batch: bool (B, 1, H, W), True = real. The published
+    code writes coins into the map that it still searches, so that ids 0 and 1 can be drawn twice; here the map is
+    only read. `generator` is on the CPU."""
+    coins = torch.randint(2, (num_classes + 1,), generator=generator).bool().to(label_map.device)
+    return coins[label_map].unsqueeze(1)
+
+
+def labelmix_loss(mixed_logits: Tensor, real_logits: Tensor, fake_logits: Tensor, mask: Tensor) -> Tensor:
+    """mean of (D(mix(real, fake)) - mix(D(real), D(fake)))^2 with mix(a, b) = mask a + (1 - mask) b (equation 3);
+    logits (B, K, H, W), mask bool (B, 1, H, W). The gradient flows into all three logits, as published."""
+    return F.mse_loss(torch.where(mask, real_logits, fake_logits), mixed_logits)
+
+
+# Our parameter names -> theirs, as regular expressions applied in this order.
+_GENERATOR_NAMES = (
+    (r"^first\.", "fc."), (r"^to_rgb\.", "conv_img."), (r"^blocks\.", "body."), (r"\.norm\.", ".first_norm."),
+    (r"\.shared\.", ".mlp_shared.0."), (r"\.(gamma|beta)\.", r".mlp_\1."))
+_DISCRIMINATOR_NAMES = (
+    (r"^down\.0\.conv_1\.", "down.0.conv1.0."), (r"^down\.(\d)\.conv_1\.", r"down.\1.conv1.1."),
+    (r"^up\.(\d)\.conv_1\.", r"up.\1.conv1.2."), (r"\.conv_2\.", ".conv2.1."), (r"^(down|up)\.", r"body_\1."),
+    (r"^to_logits\.", "layer_up_last."))
+# Where u exists, weight is what they call weight_orig.
+_SPECTRAL_NORM_NAMES = ((r"(conv_[01s]|conv[12]\.[012])\.weight$", r"\1.weight_orig"), (r"\.([uv])$", r".weight_\1"))
+
+
+def _official_name(name: str, network: nn.Module) -> str:
+    names = _GENERATOR_NAMES if isinstance(network, OASISGenerator) else _DISCRIMINATOR_NAMES
+    for ours, theirs in names + _SPECTRAL_NORM_NAMES:
+        name = re.sub(ours, theirs, name)
+    return name
+
+
+def _in_our_order(name: str, tensor: Tensor, network: nn.Module) -> Tensor:
+    """Reorder the label channels of an official tensor. Generator: [noise], unknown, classes -> [noise], classes,
+    void. Discriminator: fake, unknown, classes -> classes, unknown, fake."""
+    if name == "first.weight" or name.endswith(".shared.weight"):
+        return torch.cat([tensor[:, :network.z_dim], tensor[:, network.z_dim:].roll(-1, dims=1)], dim=1)
+    return torch.cat([tensor[2:], tensor[:2].flip(0)]) if name.startswith("to_logits.") else tensor
+
+
+def is_official(state: Mapping) -> bool:
+    """Whether a loaded file is a state dict of the official generator or discriminator."""
+    return "conv_img.weight" in state or "layer_up_last.weight" in state
+
+
+def load_official(network: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    """Load an official state dict (`best_EMA.pth`, `*_G.pth`, `*_D.pth`) into an OASISGenerator or -Discriminator.
+
+    Their label channel 0 is unknown, our void; their channel c + 1 is our class c. That is ADE20K's png id
+    c + 1 (C = 150), COCO-Stuff's png id c (C = 182) and Cityscapes' labelId c + 1 (C = 34; the last is unused).
+    `source` is the file's name, for messages. Raises UserError for a missing, unknown or differently shaped entry.
+    """
+    wanted = network.state_dict()
+    ours = {_official_name(name, network): name for name in wanted}
+    wrong = f"{source}: not the official file of this {type(network).__name__}"
+    for names, fault in ((ours.keys() - state.keys(), "lacks"), (state.keys() - ours.keys(), "has unknown entries")):
+        if names:
+            raise UserError(f"{wrong}: it {fault} {min(names)} ({len(names)} in all); "
+                            "give *_EMA.pth or *_G.pth for the generator, *_D.pth for the discriminator")
+    for theirs, name in ours.items():
+        if state[theirs].shape != wanted[name].shape:
+            shapes = f"{tuple(state[theirs].shape)} and should be {tuple(wanted[name].shape)}"
+            raise UserError(f"{wrong}: {theirs} is {shapes}; use the config of the file's data set and widths")
+    network.load_state_dict({name: _in_our_order(name, state[theirs], network) for theirs, name in ours.items()})

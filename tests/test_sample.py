@@ -1,0 +1,87 @@
+import numpy as np
+import pytest
+import yaml
+from conftest import TINY, error_line
+from PIL import Image
+
+import scenes
+
+
+@pytest.fixture
+def model(run, tmp_path):
+    """A barely trained model and a folder of four label maps, as ids."""
+    config = tmp_path / "tiny.yaml"
+    config.write_text(yaml.safe_dump(TINY))
+    done = run("train.py", "--config", config, "train.steps=2")
+    assert done.returncode == 0, done.stderr
+    (tmp_path / "labels").mkdir()
+    for i in range(4):
+        Image.fromarray(scenes.render("val", i, (32, 32))[1]).save(tmp_path / "labels" / f"map{i}.png")
+    return tmp_path
+
+
+def pixels(path):
+    return np.asarray(Image.open(path)).astype(int)
+
+
+def test_same_seed_same_image_whatever_else_is_in_the_folder(run, model):
+    assert run("sample.py", "--labels", "labels", "--out", "all", "--grid").returncode == 0
+    assert sorted(p.name for p in (model / "all").iterdir()) == ["grid.png", *(f"map{i}.png" for i in range(4))]
+    (model / "one").mkdir()
+    (model / "labels" / "map2.png").rename(model / "one" / "map2.png")
+    assert run("sample.py", "--labels", "one", "--out", "alone", "--num", 2).returncode == 0
+    assert np.array_equal(pixels(model / "all/map2.png"), pixels(model / "alone/map2_0.png"))
+    assert not np.array_equal(pixels(model / "alone/map2_0.png"), pixels(model / "alone/map2_1.png"))
+    assert run("sample.py", "--labels", "one", "--out", "other", "--seed", 1).returncode == 0
+    assert not np.array_equal(pixels(model / "all/map2.png"), pixels(model / "other/map2.png"))
+    line = error_line(run("sample.py", "--labels", "one", "--out", "other"))
+    assert "map2.png exists" in line and "--out" in line
+
+
+def test_ids_colors_palette_files_and_other_sizes_give_the_same_image(run, model):
+    label = np.asarray(Image.open(model / "labels/map0.png"))
+    palette = np.array([color for _, color in scenes.CLASSES] + [(0, 0, 0)], np.uint8)
+    variants = {"ids": Image.fromarray(label), "rgb": Image.fromarray(palette[label]),
+                "large": Image.fromarray(label).resize((96, 96), Image.Resampling.NEAREST)}
+    variants["indexed"] = Image.fromarray(label)
+    variants["indexed"].putpalette(palette.flatten().tolist())
+    for name, image in variants.items():
+        (model / name).mkdir()
+        image.save(model / name / "scene.png")
+        done = run("sample.py", "--labels", name, "--out", f"{name}_out")
+        assert done.returncode == 0, done.stderr
+        assert np.array_equal(pixels(model / f"{name}_out/scene.png"), pixels(model / "ids_out/scene.png"))
+
+
+def test_interpolation_goes_from_the_first_sample_to_the_second(run, model):
+    assert run("sample.py", "--labels", "labels", "--out", "ends", "--num", 2).returncode == 0
+    assert run("sample.py", "--labels", "labels", "--out", "path", "--interpolate", 5).returncode == 0
+    assert np.abs(pixels(model / "path/map1_0.png") - pixels(model / "ends/map1_0.png")).max() <= 1
+    assert np.abs(pixels(model / "path/map1_4.png") - pixels(model / "ends/map1_1.png")).max() <= 1
+
+
+def test_resampling_keeps_the_rest(run, model):
+    """The bound of a tenth is a trained model's; here: what changes is inside, and a map without the class stays."""
+    label = np.zeros((32, 32), np.uint8)
+    (model / "flat").mkdir()
+    Image.fromarray(label).save(model / "flat/flat.png")
+    assert run("sample.py", "--labels", "flat", "--out", "base").returncode == 0
+    for name, changes in ((scenes.CLASSES[0][0], True), (scenes.CLASSES[1][0], False)):
+        assert run("sample.py", "--labels", "flat", "--out", name.replace(" ", "_"), "--resample", name).returncode == 0
+        same = np.array_equal(pixels(model / name.replace(" ", "_") / "flat.png"), pixels(model / "base/flat.png"))
+        assert same != changes
+
+
+def test_bad_input_is_one_line(run, model):
+    assert "no_such" in error_line(run("sample.py", "--labels", "no_such"))
+    assert "unicorn" in error_line(run("sample.py", "--labels", "labels", "--resample", "unicorn"))
+    assert "nothing.pt" in error_line(run("sample.py", "--labels", "labels", "--checkpoint", "nothing.pt"))
+    broken = model / "runs/tiny/checkpoints/broken.pt"
+    whole = (model / "runs/tiny/checkpoints/latest.pt").read_bytes()
+    for content in (whole[: len(whole) // 2], whole[:5000] + b"\0" * 4000 + whole[9000:], b"not a checkpoint"):
+        broken.write_bytes(content)
+        line = error_line(run("sample.py", "--labels", "labels", "--checkpoint", broken))
+        assert "broken.pt" in line and ("latest.pt" in line or "0000002.pt" in line or "best.pt" in line)
+    Image.fromarray(np.full((8, 8), 77, np.uint8)).save(model / "labels/bad.png")
+    line = error_line(run("sample.py", "--labels", "labels", "--out", "none"))
+    assert "bad.png" in line and "77" in line and not (model / "none").exists()

@@ -1,0 +1,201 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import ROOT, TINY, error_line
+
+import data
+from config import check_config
+from gan import GAN
+from train import StepSampler
+
+
+def read_log(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def losses_of(records):
+    return [{k: v for k, v in r.items() if k[:2] in ("g_", "d_")} for r in records]
+
+
+def test_sampler_gives_the_same_batches_however_many_processes():
+    whole = list(StepSampler(10, 8, range(5), 0, 0, 1))
+    halves = [list(StepSampler(10, 8, range(5), 0, rank, 2)) for rank in range(2)]
+    assert whole == [a + b for a, b in zip(*halves)]
+    assert list(StepSampler(10, 8, range(3, 5), 0, 0, 1)) == whole[3:]  # resuming
+    indices = [index for batch in whole for index, _ in batch]
+    assert all(sorted(indices[i : i + 10]) == list(range(10)) for i in range(0, 40, 10))  # every epoch shows all
+    assert [draw for batch in whole for _, draw in batch] == list(range(40))
+
+
+def test_run_folder_and_exact_resume(run, tiny_config, tmp_path):
+    """Steps 3 to 6 of a run stopped at 2 equal those of an unbroken run bit for bit; a run is never overwritten."""
+    whole = run("train.py", "--config", tiny_config, "name=whole", "train.steps=6")
+    assert whole.returncode == 0, whole.stderr
+    assert run("train.py", "--config", tiny_config, "name=parts", "train.steps=2").returncode == 0
+    assert "--resume" in error_line(run("train.py", "--config", tiny_config, "name=parts", "train.steps=6"))
+    resumed = run("train.py", "--config", tiny_config, "name=parts", "train.steps=6", "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    logs = [read_log(tmp_path / "runs" / name) for name in ("whole", "parts")]
+    assert [r["step"] for r in logs[1]] == [1, 2, 3, 4, 5, 6]
+    assert losses_of(logs[0]) == losses_of(logs[1])
+    assert {"images_per_second", "lr_generator", "lr_discriminator", "peak_memory_gib"} <= set(logs[0][0])
+    folder = tmp_path / "runs" / "whole"
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == [
+        "0000002.pt", "0000004.pt", "0000006.pt", "best.pt", "latest.pt"]
+    assert (folder / "samples" / "0000006.png").stat().st_size > 0
+    assert yaml.safe_load((folder / "config.yaml").read_text())["loss"]["focal_gamma"] == 2.0
+    states = [torch.load(tmp_path / "runs" / n / "checkpoints/latest.pt", weights_only=True) for n in ("whole", "parts")]
+    assert all(torch.equal(states[0]["ema"][k], states[1]["ema"][k]) for k in states[0]["ema"])
+    assert not any("network" in key for key in states[0]["statistics"])  # the backbone is not in the checkpoint
+    fine_tuned = run("train.py", "--config", tiny_config, "name=tuned", "train.steps=1", "train.lr_generator=0",
+                     f"init_from={folder}/checkpoints/latest.pt")
+    assert fine_tuned.returncode == 0, fine_tuned.stderr
+    tuned = torch.load(tmp_path / "runs/tuned/checkpoints/latest.pt", weights_only=True)
+    assert all(torch.equal(tuned["generator"][k], states[0]["generator"][k]) for k in tuned["generator"])
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_two_processes_give_the_gradient_of_one(run, tiny_config, tmp_path, accumulation):
+    """Adam's first moment is the gradient itself, as its beta is 0."""
+    options = ["train.steps=1", "train.batch_size=8"]
+    assert run("train.py", "--config", tiny_config, "name=one", *options).returncode == 0
+    two = run("train.py", "--config", tiny_config, "name=two", f"train.accumulation={accumulation}", *options, processes=2)
+    assert two.returncode == 0, two.stderr
+    one, two = (torch.load(tmp_path / "runs" / n / "checkpoints/latest.pt", weights_only=True) for n in ("one", "two"))
+    for optimizer in ("g_optimizer", "d_optimizer"):
+        for i, state in one[optimizer]["state"].items():
+            reference, other = state["exp_avg"], two[optimizer]["state"][i]["exp_avg"]
+            assert torch.allclose(reference, other, rtol=1e-3, atol=1e-6 + 1e-4 * reference.abs().max())
+    logs = [losses_of(read_log(tmp_path / "runs" / name)) for name in ("one", "two")]
+    assert all(np.isclose(logs[0][0][k], logs[1][0][k], rtol=1e-4, atol=1e-6) for k in logs[0][0])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_save_and_leave(tiny_config, tmp_path, number):
+    process = subprocess.Popen([sys.executable, ROOT / "train.py", "--config", tiny_config, "train.steps=100000",
+                                "train.save_every=0"], cwd=tmp_path, stdout=subprocess.PIPE, text=True,
+                               stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    log = tmp_path / "runs/tiny/log.jsonl"
+    for _ in range(600):
+        if log.exists() and len(log.read_text().splitlines()) >= 2:
+            break
+        time.sleep(0.1)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    state = torch.load(tmp_path / "runs/tiny/checkpoints/latest.pt", weights_only=True)
+    assert state["step"] >= 2 and f"stopped at step {state['step']}" in output
+
+
+def test_a_kill_leaves_a_loadable_checkpoint(run, tiny_config, tmp_path):
+    """SIGKILL at three moments while every step saves: the run resumes each time and ends at the right step."""
+    command = [sys.executable, ROOT / "train.py", "--config", tiny_config, "train.steps=60", "train.save_every=1", "--resume"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    latest, reached = tmp_path / "runs/tiny/checkpoints/latest.pt", 0
+    for extra in (0.0, 0.05, 0.1):
+        process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
+        before = latest.stat().st_mtime_ns if latest.exists() else 0
+        while process.poll() is None and (not latest.exists() or latest.stat().st_mtime_ns == before):
+            time.sleep(0.01)
+        time.sleep(extra)
+        process.kill()
+        process.wait()
+        step = torch.load(latest, weights_only=True)["step"]
+        assert step > reached  # nothing saved was lost
+        reached = step
+    done = run("train.py", "--config", tiny_config, f"train.steps={reached + 2}", "--resume")
+    assert done.returncode == 0, done.stderr
+    assert torch.load(latest, weights_only=True)["step"] == reached + 2
+    assert [r["step"] for r in read_log(tmp_path / "runs/tiny")] == list(range(1, reached + 3))
+    assert not list(tmp_path.glob("runs/**/*.tmp"))
+
+
+def test_non_finite_loss_stops_with_its_name_and_keeps_the_last_checkpoint(run, tiny_config, tmp_path):
+    assert run("train.py", "--config", tiny_config, "train.steps=2").returncode == 0
+    line = error_line(run("train.py", "--config", tiny_config, "train.steps=8", "train.lr_generator=1e30", "--resume"))
+    assert "nan" in line and "step" in line and ("g_" in line or "d_" in line)
+    state = torch.load(tmp_path / "runs/tiny/checkpoints/latest.pt", weights_only=True)
+    assert state["step"] == 2 and all(v.isfinite().all() for v in state["ema"].values() if v.is_floating_point())
+
+
+@pytest.mark.parametrize("overrides, named", [
+    (["train.step=5"], ["train.step", "train.steps"]),
+    (["trian.steps=5"], ["trian", "train"]),
+    (["train.steps=many"], ["train.steps", "many", "int"]),
+    (["data.size=64"], ["data.size", "64"]),
+    (["generator.name=biggan"], ["biggan", "dp_sims"]),
+    (["generator.channel=3"], ["generator.channel", "generator.channels"]),
+    (["backbone.conditioning=some"], ["some", "normalize"]),
+    (["backbone.name=resnet5000"], ["resnet5000"]),
+    (["backbone.weights=nowhere.pth"], ["nowhere.pth"]),
+    (["data.size=[30, 32]"], ["data.size", "4"]),
+    (["data.name=folder"], ["data."]),
+    (["init_from=nowhere.pt"], ["nowhere.pt"]),
+    (["eval.metric=fdd"], ["eval.metric", "fdd"]),
+    (["train.batch_size=3", "train.accumulation=2"], ["train.batch_size", "3"]),
+])
+def test_bad_configuration_is_one_line_before_training(run, tiny_config, tmp_path, overrides, named):
+    line = error_line(run("train.py", "--config", tiny_config, *overrides))
+    assert all(part in line for part in named), line
+    assert not (tmp_path / "runs").exists()
+
+
+def test_checkpoint_of_another_class_count(run, tiny_config, tmp_path, folder_data):
+    assert run("train.py", "--config", tiny_config, "name=scenes", "train.steps=1").returncode == 0
+    line = error_line(run("train.py", "--config", tiny_config, "name=other", "init_from=runs/scenes/checkpoints/latest.pt",
+                          "data.name=folder", f"data.root={folder_data}", "data.classes=3", "data.void=255"))
+    assert "latest.pt" in line and "3" in line and not (tmp_path / "runs/other").exists()
+
+
+def test_folder_data_set_with_a_bad_label_stops_before_training(run, tiny_config, tmp_path, folder_data):
+    options = ["data.name=folder", f"data.root={folder_data}", "data.classes=3", "train.steps=1"]
+    line = error_line(run("train.py", "--config", tiny_config, *options))  # 255 occurs and is not declared void
+    assert "255" in line and ".png" in line and not (tmp_path / "runs").exists()
+    done = run("train.py", "--config", tiny_config, *options, "data.void=255")
+    assert done.returncode == 0, done.stderr
+
+
+def test_overfits_one_batch():
+    """Trained on four scenes alone, the generator comes to paint them: per-pixel error well below that of class means."""
+    config = check_config({**TINY, "loss": {"diversity": 0, "contrastive": 0, "perceptual": 10.0},
+                           "train": {"batch_size": 4, "lr_generator": 2e-3, "lr_discriminator": 2e-3, "ema": 0.9}}, "tiny")
+    dataset = data.build_dataset(config["data"], "train")
+    gan = GAN(config, dataset.num_classes, torch.device("cpu"))
+    image, label_map = (torch.stack(column) for column in zip(*(dataset[i] for i in range(4))))
+    real = image.float() / 127.5 - 1
+    gan.calibrate([real])
+    with torch.no_grad():
+        error = lambda: (gan.ema(label_map.long(), torch.zeros(4, 8)) - real).abs().mean().item()
+        before = error()
+    first = [gan.step(image, label_map, step, [0, 1, 2, 3]) for step in range(150)][0]
+    last = gan.step(image, label_map, 150, [0, 1, 2, 3])
+    with torch.no_grad():
+        after = error()
+    assert last["g_perceptual"] < 0.7 * first["g_perceptual"]
+    assert after < 0.6 * before, (before, after)
+
+
+def test_generator_learns_from_the_discriminator_and_the_backbone_does_not():
+    config = check_config(TINY, "tiny")
+    dataset = data.build_dataset(config["data"], "train")
+    gan = GAN(config, dataset.num_classes, torch.device("cpu"))
+    image, label_map = (torch.stack(column) for column in zip(*(dataset[i] for i in range(4))))
+    gan.calibrate([image.float() / 127.5 - 1])
+    forwards = {"generator": 0, "backbone": 0, "discriminator": 0}
+    for name in forwards:
+        getattr(gan, name).register_forward_hook(lambda *_, name=name: forwards.__setitem__(name, forwards[name] + 1))
+    frozen = {k: v.clone() for k, v in gan.backbone.state_dict().items()}
+    before = [p.clone() for p in gan.generator.parameters()]
+    gan.step(image, label_map, 0, [0, 1, 2, 3])
+    assert forwards == {"generator": 1, "backbone": 2, "discriminator": 2}  # nothing is computed twice
+    moved = [not torch.equal(a, b) for a, b in zip(before, gan.generator.parameters())]
+    assert all(moved), [n for (n, _), m in zip(gan.generator.named_parameters(), moved) if not m]
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in gan.d_parameters)
+    assert all(torch.equal(v, frozen[k]) for k, v in gan.backbone.state_dict().items())
