@@ -53,11 +53,12 @@ SCHEMA = {
         "contrastive_patches": (int, 64, "patches an image and scale"),
         "contrastive_temperature": (float, 0.3, "temperature of its softmax"),
         "perceptual": (float, 0.0, "weight of an L1 distance between backbone features, an alternative to the former"),
-        "diversity": (float, 5.0, "weight of the diversity hinge"),
-        "diversity_margin": (list, [0.3, 0.3, 0.3], "required distance in coarse brightness, coarse color and detail, as shares of\n                             that between different real images"),
+        "diversity": (float, 1.0, "weight of the diversity hinge"),
+        "diversity_margin": (list, [0.15, 0.5, 0.6], "required distance in coarse brightness, coarse "
+                             "color and detail, as shares of that between different real images"),
         "diversity_every": (int, 2, "every so many steps; its gradient is not scaled up in return"),
         "diversity_regional": (float, 0.5, "share of the pairs whose noises differ in random classes alone"),
-        "locality": (float, 5.0, "weight of the change outside the region whose noise was redrawn"),
+        "locality": (float, 1.0, "weight of the change outside the region whose noise was redrawn"),
     },
     "train": {
         "steps": (int, 600, "steps in all; each updates generator and discriminator once"),

@@ -65,7 +65,7 @@ def print_report(split: str, report: dict) -> None:
 
 
 def check(config: dict, arguments: argparse.Namespace) -> None:
-    """Exit status 1 if training would stop."""
+    """Reads every file of train and val, names what is wrong, counts classes; exit status 1 if training would stop."""
     failed = False
     for split in SPLITS:
         try:

@@ -8,12 +8,13 @@ import copy
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn as nn
+import torch.nn.utils.parametrize as parametrize
 
 import losses
 from backbones import Backbone
 from config import network_arguments, network_classes
+from distributed import all_reduce
 
 
 def build_network(kind: str, config: dict, num_classes: int, **extra) -> nn.Module:
@@ -28,17 +29,6 @@ def noise(keys: list[tuple[int, ...]], z_dim: int, device) -> torch.Tensor:
     """Standard normal noise (len(keys), z_dim); each row depends on its key of non-negative integers alone."""
     rows = [np.random.default_rng(key).standard_normal(z_dim, dtype=np.float32) for key in keys]
     return torch.from_numpy(np.stack(rows)).to(device)
-
-
-def all_reduce(tensors: list[torch.Tensor], average: bool) -> None:
-    """Sum or average tensors over all processes, in place, as one message."""
-    if dist.is_initialized() and tensors:
-        flat = torch.cat([t.flatten() for t in tensors])
-        dist.all_reduce(flat)
-        if average:
-            flat /= dist.get_world_size()
-        for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors])):
-            tensor.copy_(part.view_as(tensor))
 
 
 class GAN:
@@ -104,6 +94,7 @@ class GAN:
         totals = {}
         rounds = train["accumulation"]
         for part in range(rounds):
+            self.discriminator.train(part == 0)  # its spectral norms move once a step, however many rounds
             chosen = slice(part * len(image) // rounds, (part + 1) * len(image) // rounds)
             real = image[chosen].to(memory_format=torch.channels_last).float() / 127.5 - 1
             for name, value in self._round(real, label_map[chosen].long(), weights, step, samples[chosen]).items():
@@ -122,7 +113,8 @@ class GAN:
         loss, seed = self.config["loss"], self.config["seed"]
         diverse = bool(loss["diversity"]) and step % loss["diversity_every"] == 0
         z = noise([(seed, step, s, 0) for s in samples], self.generator.z_dim, self.device)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+        with (torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"),
+              parametrize.cached()):  # fake and real images see the same normalised weights
             if diverse:
                 z2 = noise([(seed, step, s, 1) for s in samples], self.generator.z_dim, self.device)
                 region = self._regions(label_map, step, samples)
@@ -176,5 +168,8 @@ class GAN:
         """Take over what `state_dict` gave; without the optimisers' state for fine-tuning."""
         for name in ("generator", "ema", "discriminator", "contrast", *(("g_optimizer", "d_optimizer") if optimizers else ())):
             getattr(self, name).load_state_dict(state[name])
+        for optimizer, rate in ((self.g_optimizer, "lr_generator"), (self.d_optimizer, "lr_discriminator")):
+            for group in optimizer.param_groups:  # a run may go on with other rates than it had
+                group["lr"] = self.config["train"][rate]
         self.backbone.load_statistics(state["statistics"])
         self.margins = state["margins"].to(self.device)

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from config import UserError
+from gan import noise
 from judges import FeatureNetwork, PerceptualNetwork, feature_network
 
 CACHE_VERSION = 1  # raise it when what `RealCache` keeps changes
@@ -155,18 +156,12 @@ def to_uint8(images: torch.Tensor) -> torch.Tensor:
     return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def sample_noise(sample_seeds: list[int], k: int, length: int) -> torch.Tensor:
-    """Standard normal (B, length): row i depends on (sample_seeds[i], k) alone."""
-    rows = [np.random.default_rng([seed, k]).standard_normal(length, dtype=np.float32) for seed in sample_seeds]
-    return torch.from_numpy(np.stack(rows))
-
-
 def gan_sampler(generator: torch.nn.Module):
     """The `generate` of `evaluate_generator` for a generator(label_map, z) with images in [-1, 1]."""
 
     @torch.no_grad()
     def generate(label_map: torch.Tensor, sample_seeds: list[int], k: int) -> torch.Tensor:
-        z = sample_noise(sample_seeds, k, generator.z_dim).to(label_map.device)
+        z = noise([(seed, k) for seed in sample_seeds], generator.z_dim, label_map.device)
         return to_uint8(generator(label_map, z))
 
     return generate
@@ -308,7 +303,7 @@ def evaluate_generator(generate, dataset: Dataset, eval_config: dict, device: to
             labels = labels.to(device).long()
             if not cached:
                 real.update(positions.tolist(), images.to(device), labels)
-            seeds = [_sample_seed(seed, index) for index in places.tolist()]
+            seeds = [sample_seed(seed, index) for index in places.tolist()]
             fakes = generate(labels, seeds, 0)
             fake.update(positions.tolist(), fakes, labels)
             if perceptual:
@@ -331,7 +326,8 @@ def evaluate_generator(generate, dataset: Dataset, eval_config: dict, device: to
     return metrics
 
 
-def _sample_seed(seed: int, index: int) -> int:
+def sample_seed(seed: int, index: int) -> int:
+    """The seed from which the noise of image `index` of the data set follows, whatever its batch or process."""
     return int(np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 

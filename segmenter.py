@@ -35,25 +35,31 @@ def _conv(in_channels: int, out_channels: int, stride: int = 1) -> nn.Sequential
 
 
 class SmallUNet(nn.Module):
-    """Image (B, 3, H, W) in [-1, 1] -> logits (B, C, H, W). 1.8 M parameters; coarser features are added, not concatenated."""
+    """Image (B, 3, H, W) in [-1, 1] -> logits (B, C, H, W).
 
-    def __init__(self, num_classes: int, widths: tuple[int, ...] = (24, 48, 96, 192, 192)):
+    It works on blocks of 2 x 2 pixels, which take a quarter of the time and lose nothing: each gives four sets of
+    logits. Features of the coarser scales are added to those of the finer ones.
+    """
+
+    def __init__(self, num_classes: int, widths: tuple[int, ...] = (32, 64, 128, 192)):
         super().__init__()
         pairs = list(zip(widths, widths[1:]))
-        self.stem = _conv(3, widths[0])
+        self.stem = _conv(4 * 3, widths[0])
         self.down = nn.ModuleList(nn.Sequential(_conv(a, b, 2), _conv(b, b)) for a, b in pairs)
         self.reduce = nn.ModuleList(nn.Conv2d(b, a, 1) for a, b in pairs)
         self.up = nn.ModuleList(_conv(a, a) for a, _ in pairs)
-        self.head = nn.Conv2d(widths[0], num_classes, 1)
+        self.head = nn.Conv2d(widths[0], 4 * num_classes, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x, skips = self.stem(x), []
+        height, width = x.shape[2:]
+        x = F.pad(x, (0, width % 2, 0, height % 2), mode="replicate")
+        x, skips = self.stem(F.pixel_unshuffle(x, 2)), []
         for down in self.down:
             skips.append(x)
             x = down(x)
         for reduce, up, skip in reversed(list(zip(self.reduce, self.up, skips))):
             x = up(skip + F.interpolate(reduce(x), size=skip.shape[2:], mode="bilinear"))
-        return self.head(x)
+        return F.pixel_shuffle(self.head(x), 2)[:, :, :height, :width]
 
 
 class Segmenter:

@@ -6,7 +6,6 @@ Everything goes to runs/NAME/: config.yaml, log.jsonl, metrics.jsonl, samples/ST
 import argparse
 import json
 import math
-import os
 import resource
 import signal
 import sys
@@ -23,6 +22,7 @@ from tqdm import tqdm
 from checkpoint import copy_checkpoint, load_checkpoint, save_checkpoint
 from config import UserError, load_config
 from data import build_dataset, quick_check
+from distributed import from_first_process, setup_distributed
 from gan import GAN, noise
 from judges import PerceptualNetwork, feature_network
 from segmenter import segmenter_for
@@ -55,19 +55,6 @@ class StepSampler:
                     order = torch.randperm(self.length, generator=draw).tolist()
                 batch.append((order[n % self.length], n))
             yield batch
-
-
-def setup_distributed() -> tuple[int, int, torch.device]:
-    """Join the process group that torchrun set up, if any; returns rank, world size and device."""
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-    else:
-        device = torch.device("cpu")
-    if "RANK" not in os.environ:
-        return 0, 1, device
-    dist.init_process_group("cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo")
-    return dist.get_rank(), dist.get_world_size(), device
 
 
 def find_checkpoint(run: Path, config: dict, resume: bool) -> Path | None:
@@ -112,14 +99,6 @@ def stop_requested(stop: bool) -> bool:
     flag = torch.tensor(int(stop))
     dist.all_reduce(flag, op=dist.ReduceOp.MAX)
     return bool(flag)
-
-
-def from_first_process(compute):
-    """What `compute()` gives in the first process, in all of them."""
-    result = [compute() if not dist.is_initialized() or dist.get_rank() == 0 else None]
-    if dist.is_initialized():
-        dist.broadcast_object_list(result, src=0)
-    return result[0]
 
 
 def check_fit(config: dict, gan: GAN, world_size: int) -> None:
@@ -167,11 +146,13 @@ def write_samples(path: Path, gan: GAN, dataset, count: int = 8) -> None:
     real, label_map = (torch.stack(column).to(gan.device) for column in zip(*pairs))
     label_map = label_map.long()
     rows = [paint(label_map), real.float() / 255]
+    gan.discriminator.eval()  # or looking would move its spectral norms
     for k in range(2):
         z = noise([(i, k) for i in range(len(pairs))], gan.ema.z_dim, gan.device)
         fake = gan.ema(label_map, z)
         p = gan.discriminator(fake, gan.backbone(fake)).float().softmax(1)
         rows += [fake.float() / 2 + 0.5, paint(p[:, :-1].argmax(1)), p[:, -1:].expand(-1, 3, -1, -1)]
+    gan.discriminator.train()
     save_image(make_grid(torch.cat(rows).cpu(), nrow=len(pairs), padding=1), path)
 
 
@@ -340,4 +321,4 @@ if __name__ == "__main__":
     try:
         main(load_config(arguments.config, arguments.overrides), arguments.resume)
     except UserError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {str(error).splitlines()[-1]}")  # a loading process puts its traceback before the message

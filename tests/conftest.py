@@ -1,6 +1,7 @@
 """Shared by the tests: the project on the path, a miniature data set, a configuration that trains in seconds."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -48,6 +49,18 @@ def run(tmp_path):
         return subprocess.run([*launcher, str(ROOT / script), *map(str, arguments)], cwd=tmp_path, env=environment,
                               capture_output=True, text=True, timeout=300, **options)
     return call
+
+
+@pytest.fixture
+def train(tmp_path, monkeypatch):
+    """train.py within this process, in an empty folder: train(config_file, "key=value", ..., resume=False)."""
+    from config import load_config
+    import train as script
+    monkeypatch.chdir(tmp_path)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield lambda file, *overrides, resume=False: script.main(load_config(file, list(overrides)), resume)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

@@ -8,12 +8,11 @@ import scenes
 
 
 @pytest.fixture
-def model(run, tmp_path):
+def model(train, tmp_path):
     """A barely trained model and a folder of four label maps, as ids."""
     config = tmp_path / "tiny.yaml"
     config.write_text(yaml.safe_dump(TINY))
-    done = run("train.py", "--config", config, "train.steps=2")
-    assert done.returncode == 0, done.stderr
+    train(config, "train.steps=2")
     (tmp_path / "labels").mkdir()
     for i in range(4):
         Image.fromarray(scenes.render("val", i, (32, 32))[1]).save(tmp_path / "labels" / f"map{i}.png")

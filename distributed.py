@@ -1,0 +1,38 @@
+"""What several processes have to agree on; with one process each function does the plain thing."""
+
+import os
+
+import torch
+import torch.distributed as dist
+
+
+def setup_distributed() -> tuple[int, int, torch.device]:
+    """Join the process group that torchrun set up, if any; returns rank, world size and device."""
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+    if "RANK" not in os.environ:
+        return 0, 1, device
+    dist.init_process_group("cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo")
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+def all_reduce(tensors: list[torch.Tensor], average: bool) -> None:
+    """Sum or average tensors over all processes, in place, as one message."""
+    if dist.is_initialized() and tensors:
+        flat = torch.cat([t.flatten() for t in tensors])
+        dist.all_reduce(flat)
+        if average:
+            flat /= dist.get_world_size()
+        for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors])):
+            tensor.copy_(part.view_as(tensor))
+
+
+def from_first_process(compute):
+    """What `compute()` gives in the first process, in all of them."""
+    result = [compute() if not dist.is_initialized() or dist.get_rank() == 0 else None]
+    if dist.is_initialized():
+        dist.broadcast_object_list(result, src=0)
+    return result[0]
