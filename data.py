@@ -26,7 +26,6 @@ from tqdm import tqdm
 import scenes
 from config import UserError
 from labels import LabelFormat, damaged, decode_label, label_format, open_image
-from labels import colorize, read_label_file  # noqa: F401  for those who read data
 
 SPLITS = ("train", "val")
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}

@@ -69,7 +69,7 @@ def _neighborhoods(label_map: Tensor, noise: Tensor, noise_ids: Tensor, num_clas
     blocks = torch.cat([_windows(label_map + 1, outside=0), _windows(noise_ids + num_classes + 2, outside=0)], dim=1)
     rows = 9 * blocks + torch.arange(9, device=blocks.device).repeat(2)
     dense = Neighborhoods(rows, None, None, noise, tuple(label_map.shape))
-    # On a GPU the counts would have to reach the host at every resolution, which costs more than it saves.
+    # On a GPU the host would have to wait for each count, and compiled code for each new shape.
     if rows.is_cuda or len(rows) >= 2**21:
         return dense
     values, tokens = torch.unique(noise_ids * (num_classes + 1) + label_map, return_inverse=True)
