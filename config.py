@@ -58,7 +58,7 @@ SCHEMA = {
                              "color and detail, as shares of that between different real images"),
         "diversity_every": (int, 2, "every so many steps; its gradient is not scaled up in return"),
         "diversity_regional": (float, 0.5, "share of the pairs whose noises differ in random classes alone"),
-        "locality": (float, 1.0, "weight of the change outside the region whose noise was redrawn"),
+        "locality": (float, 10.0, "weight of the change outside the region whose noise was redrawn"),
     },
     "train": {
         "steps": (int, 600, "steps in all; each updates generator and discriminator once"),

@@ -9,8 +9,7 @@ published networks are those of boschresearch/OASIS. What is computed here is th
 - In the discriminator, a 3 x 3 convolution followed by 2 x 2 average pooling is one 4 x 4 convolution of stride 2, and
   one that follows nearest upsampling is one 4 x 4 transposed convolution of stride 2.
 
-Label maps hold classes 0..C-1 and C for void. OASIS's cross-entropy is `focal_loss` and `fake_loss` of
-losses.py with gamma 0. The official code puts "unknown" and "fake" first; see `load_official`.
+Label maps hold classes 0..C-1 and C for void. OASIS's cross-entropy is that of losses.py with gamma 0.
 """
 
 import re
@@ -157,15 +156,15 @@ class SPADE(nn.Module):
     def forward(self, x: Tensor, near: Neighborhoods) -> Tensor:
         """x: (B, features, h, w) -> the same shape."""
         hidden = F.relu(self.shared(near))
-        weight = torch.cat([self.gamma.weight, self.beta.weight])
-        bias = torch.cat([self.gamma.bias + 1, self.beta.bias])
         if near.pixels is None:
-            scale, shift = F.conv2d(_as_map(hidden, near.shape), weight, bias, padding=1).chunk(2, dim=1)
+            hidden = _as_map(hidden, near.shape)
+            scale, shift = 1 + self.gamma(hidden), self.beta(hidden)
         else:
             hidden = F.pad(hidden, (0, 0, 0, 1))  # the row that windows call outside: zero padding
             windows = F.embedding(near.windows, hidden).flatten(1)
-            both = F.linear(windows, weight.permute(0, 2, 3, 1).flatten(1), bias)
-            scale, shift = (_as_map(F.embedding(near.pixels, half), near.shape) for half in both.chunk(2, dim=1))
+            scale, shift = (F.linear(windows, conv.weight.permute(0, 2, 3, 1).flatten(1), conv.bias)
+                            for conv in (self.gamma, self.beta))
+            scale, shift = (_as_map(F.embedding(near.pixels, rows), near.shape) for rows in (1 + scale, shift))
         return torch.addcmul(shift, self.norm(x), scale)
 
 
@@ -195,10 +194,8 @@ class OASISGenerator(nn.Module):
     """Label map and noise -> image.
 
     Args:
-        num_classes: C; label maps hold 0..C-1 and C for void.
         height, width: of the images, multiples of 32 (UserError otherwise).
         channels: width of the last block (64 as published, 74.3 M parameters at C = 150).
-        z_dim: channels of the noise.
 
     For training on several GPUs convert with `nn.SyncBatchNorm.convert_sync_batchnorm`, as published. It refuses CPU
     tensors: several CPU processes each normalize by their own share of the batch, which only approximates one process.
@@ -272,12 +269,16 @@ def _box(weight: Tensor) -> Tensor:
 
 
 def conv_then_pool(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """avg_pool2d(conv2d(x, weight, bias, padding=1), 2) as one 4 x 4 convolution: 4/9 of the products."""
+    """avg_pool2d(conv2d(x, weight, bias, padding=1), 2); on large maps as one 4 x 4 convolution, 4/9 of the work."""
+    if weight.numel() > 4 * x.numel():  # the larger kernel would cost more than it saves, memory above all
+        return F.avg_pool2d(F.conv2d(x, weight, bias, padding=1), 2)
     return F.conv2d(x, _box(weight) / 4, bias, stride=2, padding=1)
 
 
 def upsample_then_conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """conv2d(nearest-upsampled x, weight, bias, padding=1) as one transposed convolution: 4/9 of the products."""
+    """conv2d(nearest-upsampled x, weight, bias, padding=1); on large maps as one 4 x 4 one, likewise."""
+    if weight.numel() > 4 * x.numel():
+        return F.conv2d(F.interpolate(x, scale_factor=2), weight, bias, padding=1)
     return F.conv_transpose2d(x, _box(weight.flip(2, 3)).transpose(0, 1), bias, stride=2, padding=1)
 
 

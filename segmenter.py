@@ -7,7 +7,6 @@ Where none is given, a small U-Net is trained on the real training split; it sha
 """
 
 import argparse
-import contextlib
 import hashlib
 import os
 import sys
@@ -230,9 +229,9 @@ def _hugging_face(name: str, device: torch.device | str):
         raise UserError(f"eval.segmenter: hf:{name} needs transformers; pip install transformers") from error
     try:
         processor = AutoImageProcessor.from_pretrained(name)
-        with contextlib.suppress(ValueError):  # Mask2Former and OneFormer are of the other kind
+        try:
             network = AutoModelForSemanticSegmentation.from_pretrained(name)
-        if "network" not in locals():
+        except ValueError:  # Mask2Former and OneFormer are of the other kind
             network = AutoModelForUniversalSegmentation.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise UserError(f"eval.segmenter: hf:{name} cannot be fetched ({str(error).splitlines()[0][:120]}); "

@@ -216,7 +216,7 @@ def test_official_files_that_do_not_fit_are_refused(generator, discriminator):
     without = {name: value for name, value in state.items() if name != "body.3.conv_s.weight_u"}
     other = oasis.OASISGenerator(C + 1, HEIGHT, LENGTH, WIDTH, Z)
     for network, file, message in [(generator, without, r"best\.pth.* lacks body\.3\.conv_s\.weight_u"),
-                                   (generator, state | {"extra.weight": torch.zeros(1)}, r"unknown entries extra\.weight"),
+                                   (generator, state | {"more.weight": torch.zeros(1)}, r"unknown entries more"),
                                    (generator, official(discriminator), r"\*_D\.pth for the discriminator"),
                                    (other, state, r"is \(.*\) and should be \(.*\)")]:
         before = copy.deepcopy(network.state_dict())
