@@ -99,9 +99,10 @@ class LabelConv(nn.Conv2d):
         return F.embedding_bag(near.rows, torch.cat(blocks), mode="sum") + self.bias
 
 
-def _as_map(rows: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """(B * h * w, features) -> (B, features, h, w), channels last in memory."""
-    return rows.view(*shape, -1).permute(0, 3, 1, 2)
+def _as_map(rows: Tensor, shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """(B * h * w, features) -> (B, features, h, w), in memory as `like` is: channels last or not."""
+    maps = rows.view(*shape, -1).permute(0, 3, 1, 2)
+    return maps if like.is_contiguous(memory_format=torch.channels_last) else maps.contiguous()
 
 
 class SpectralConv2d(nn.Conv2d):
@@ -157,14 +158,14 @@ class SPADE(nn.Module):
         """x: (B, features, h, w) -> the same shape."""
         hidden = F.relu(self.shared(near))
         if near.pixels is None:
-            hidden = _as_map(hidden, near.shape)
+            hidden = _as_map(hidden, near.shape, like=x)
             scale, shift = 1 + self.gamma(hidden), self.beta(hidden)
         else:
             hidden = F.pad(hidden, (0, 0, 0, 1))  # the row that windows call outside: zero padding
             windows = F.embedding(near.windows, hidden).flatten(1)
-            scale, shift = (F.linear(windows, conv.weight.permute(0, 2, 3, 1).flatten(1), conv.bias)
-                            for conv in (self.gamma, self.beta))
-            scale, shift = (_as_map(F.embedding(near.pixels, rows), near.shape) for rows in (1 + scale, shift))
+            kernels = [conv.weight.permute(0, 2, 3, 1).flatten(1) for conv in (self.gamma, self.beta)]
+            rows = 1 + F.linear(windows, kernels[0], self.gamma.bias), F.linear(windows, kernels[1], self.beta.bias)
+            scale, shift = (_as_map(F.embedding(near.pixels, half), near.shape, like=x) for half in rows)
         return torch.addcmul(shift, self.norm(x), scale)
 
 
@@ -199,6 +200,7 @@ class OASISGenerator(nn.Module):
 
     For training on several GPUs convert with `nn.SyncBatchNorm.convert_sync_batchnorm`, as published. It refuses CPU
     tensors: several CPU processes each normalize by their own share of the batch, which only approximates one process.
+    `.to(memory_format=torch.channels_last)` is faster, but not for training on a CPU (slow weight gradients).
     """
 
     def __init__(self, num_classes: int, height: int, width: int, channels: int = 64, z_dim: int = 64):
@@ -238,7 +240,7 @@ class OASISGenerator(nn.Module):
         features = self.first(near)
         if near.pixels is not None:
             features = F.embedding(near.windows[near.pixels, 4], features)  # 4: the window's center
-        return _as_map(features, near.shape)
+        return _as_map(features, near.shape, like=self.to_rgb.weight)
 
 
 @torch.no_grad()
@@ -246,19 +248,19 @@ def refresh_batch_norm(generator: nn.Module, batches: Iterable[tuple[Tensor, Ten
     """Measure the batch-norm statistics of an averaged generator (moving average of weights) before it is used.
 
     They become the plain mean over all batches (about 50 are enough) of label maps (B, H, W) and noise (B, z_dim);
-    the published code keeps a running mean of momentum 0.1 over 51. Nothing else changes, but the generator is in
-    eval mode then. Processes that share the model must pass the same batches.
+    the published code keeps a running mean of momentum 0.1 over 51. It is in eval mode then, otherwise unchanged.
+    Processes that share the model must pass the same batches.
     """
-    norms = [module for module in generator.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    momenta = [norm.momentum for norm in norms]
+    momenta = {module: module.momentum for module in generator.modules()
+               if isinstance(module, nn.modules.batchnorm._BatchNorm)}
     generator.eval()
-    for norm in norms:
+    for norm in momenta:
         norm.reset_running_stats()
         norm.momentum = None  # cumulative mean
         norm.train()
     for batch in batches:
         generator(*batch)
-    for norm, momentum in zip(norms, momenta):
+    for norm, momentum in momenta.items():
         norm.momentum = momentum
     generator.eval()
 
@@ -324,7 +326,7 @@ class OASISDiscriminator(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """images: (B, 3, H, W) in [-1, 1], H and W multiples of 64 (UserError) -> logits (B, C + 2, H, W)."""
         _check_size(*images.shape[2:], 2**BLOCKS, "discriminator")
-        skips = [images.contiguous(memory_format=torch.channels_last)]
+        skips = [images]
         for block in self.down:
             skips.append(block(skips[-1]))
         x = self.up[0](skips[-1])
