@@ -121,6 +121,11 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> dict:
         raise UserError(f"{path}: cannot be read as YAML ({' '.join(str(error).split())})") from error
     if not isinstance(given, dict):
         raise UserError(f"{path}: holds {type(given).__name__}, not keys and values")
+    return check_config(apply_overrides(given, overrides), str(path))
+
+
+def apply_overrides(given: dict, overrides: list[str]) -> dict:
+    """Set each `key.path=value` in a nested dict, in place; the values are YAML. Raises UserError."""
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:
@@ -135,7 +140,7 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> dict:
             section[last] = yaml.safe_load(value)
         except yaml.YAMLError as error:
             raise UserError(f"{override!r}: the value is not YAML") from error
-    return check_config(given, str(path))
+    return given
 
 
 def check_config(given: dict, source: str) -> dict:

@@ -13,28 +13,18 @@ import argparse
 import json
 import os
 import sys
-import tempfile
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import yaml
 
 from checkpoint import load_generator
-from config import UserError, load_config
+from config import UserError, apply_overrides, check_config, load_config
 from data import IMAGE_SUFFIXES, LAYOUTS, LabeledImages, build_dataset, read_image
 from distributed import setup_distributed
 from labels import label_format, open_image
 from metrics import evaluate_generator, gan_sampler, sample_seed
 from segmenter import segmenter_for
-
-
-def with_overrides(config: dict, overrides: list[str], source: Path) -> dict:
-    """A checkpoint's config with `key.path=value` overrides applied and checked. Raises UserError."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / source.name
-        path.write_text(yaml.safe_dump(config))
-        return load_config(path, overrides)
 
 
 def files_by_name(folder: Path, option: str, endings: tuple[str, ...]) -> dict[str, Path]:
@@ -145,7 +135,7 @@ def prepare(args: argparse.Namespace, device: torch.device):
     """(generate, data set, config, cache folder, what the result says of its source). Raises UserError."""
     if args.checkpoint:
         generator, state = load_generator(args.checkpoint, device)
-        config = with_overrides(state["config"], args.overrides, args.checkpoint)
+        config = check_config(apply_overrides(state["config"], args.overrides), str(args.checkpoint))
         dataset = build_dataset(config["data"], args.split)
         if list(dataset.class_names) != list(state["class_names"]):
             raise UserError(f"{args.checkpoint}: trained on {len(state['class_names'])} classes, the data set has "

@@ -5,7 +5,6 @@ real image is decoded once. EVALUATION.md is the protocol, judges.py has the net
 """
 
 import hashlib
-import json
 import os
 import platform
 import sys

@@ -230,7 +230,7 @@ class OASISGenerator(nn.Module):
             z, noise_ids = torch.cat([z, z2]), noise_ids + len(z) * region
         for i, block in enumerate(self.blocks):
             stride = 2 ** (BLOCKS - 1 - i)  # nearest resizing by a whole factor keeps every stride-th pixel
-            labels, ids = (ids[:, ::stride, ::stride] for ids in (label_map, noise_ids))
+            labels, ids = (full[:, ::stride, ::stride] for full in (label_map, noise_ids))
             near = _neighborhoods(labels, z, ids, self.num_classes)
             x = self._first_features(near) if i == 0 else F.interpolate(x, scale_factor=2)
             x = block(x, near)
@@ -251,16 +251,16 @@ def refresh_batch_norm(generator: nn.Module, batches: Iterable[tuple[Tensor, Ten
     the published code keeps a running mean of momentum 0.1 over 51. It is in eval mode then, otherwise unchanged.
     Processes that share the model must pass the same batches.
     """
-    momenta = {module: module.momentum for module in generator.modules()
-               if isinstance(module, nn.modules.batchnorm._BatchNorm)}
+    norms = [module for module in generator.modules() if isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm))]
+    momenta = [norm.momentum for norm in norms]
     generator.eval()
-    for norm in momenta:
+    for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # cumulative mean
         norm.train()
     for batch in batches:
         generator(*batch)
-    for norm, momentum in momenta.items():
+    for norm, momentum in zip(norms, momenta):
         norm.momentum = momentum
     generator.eval()
 
@@ -307,11 +307,8 @@ class DiscriminatorBlock(nn.Module):
 
 class OASISDiscriminator(nn.Module):
     """Image -> class logits of every pixel, a U-Net. `channels`: half the width of the first block (64 as published,
-    22.3 M parameters at C = 150).
-
-    The C + 2 logits are the C classes, unknown (channel C, void's id) and, last, fake. Published OASIS has the
-    unknown channel too: no pixel ever counts with it as its target, but it takes part in the softmax.
-    """
+    22.3 M parameters at C = 150). The C + 2 logits are the C classes, unknown (channel C, void's id) and, last, fake.
+    Published OASIS has the unknown channel too: it is never a target that counts, but takes part in the softmax."""
 
     def __init__(self, num_classes: int, channels: int = 64):
         super().__init__()

@@ -137,9 +137,11 @@ def test_which_maps_share_neighborhoods(kind):
 
 
 @pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("kind", ["regions", "random", "void"])
-def test_generator_equals_the_one_hot_reference(generator, kind, training):
-    network, label_map, z = copy.deepcopy(generator).train(training), label_maps(kind), torch.randn(2, Z)
+def test_generator_equals_the_one_hot_reference(generator, kind, layout, training):
+    network = copy.deepcopy(generator).train(training).to(memory_format=layout)
+    label_map, z = label_maps(kind), torch.randn(2, Z)
     reference = Reference(official(network), training)
     with torch.no_grad():
         expected = reference.generate(label_map, spread(z))
