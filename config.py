@@ -32,33 +32,34 @@ SCHEMA = {
         "palette": (list | None, None, "folder: one [r, g, b] a class, for label files in colours"),
         "load_scale": (float, 1.0, "training images are resized to load_scale x size before the random crop"),
         "flip": (bool, True, "random horizontal flips in training"),
+        "calibration_images": (int, 256, "training pairs that statistics are measured on: the backbone's, batch norm's"),
         "workers": (int, 1, "loading processes of each training process"),
         "skip_broken": (bool, False, "go on without files that cannot be read"),
     },
-    "generator": {"name": (str, "dp_sims", "dp_sims; further keys are the arguments of its class")},
-    "discriminator": {"name": (str, "backbone", "backbone; further keys are the arguments of its class")},
+    "generator": {"name": (str, "dp_sims", "dp_sims or oasis; further keys are the arguments of its class")},
+    "discriminator": {"name": (str, "backbone", "backbone or oasis; further keys are the arguments of its class")},
     "backbone": {
         "name": (str, "tf_efficientnet_lite0", "any timm network with intermediate features"),
         "pretrained": (bool, True, "false: the same architecture with random weights"),
         "weights": (OptionalStr, None, "local weight file; none: from its package or timm's hub"),
         "conditioning": (str, "both", "both, normalize, sigmoid or none"),
         "input_scale": (float, 1.0, "images are resized by this factor before the backbone"),
-        "calibration_images": (int, 256, "real training images that the feature statistics are measured on"),
     },
     "loss": {
         "focal_gamma": (float, 2.0, "focusing of the pixel loss; 0 is plain cross-entropy"),
-        "class_balancing": (bool, True, "weigh classes by their inverse pixel frequency in the batch"),
+        "class_balancing": (float, 0.75, "weigh classes by their pixel frequency in the batch to the power of -this; 0 = alike"),
         "contrastive": (float, 0.3, "weight of the patch contrastive loss"),
         "contrastive_scales": (int, 2, "how many of the backbone's coarsest usable scales it sees"),
         "contrastive_patches": (int, 64, "patches an image and scale"),
         "contrastive_temperature": (float, 0.3, "temperature of its softmax"),
         "perceptual": (float, 0.0, "weight of an L1 distance between backbone features, an alternative to the former"),
-        "diversity": (float, 1.0, "weight of the diversity hinge"),
-        "diversity_margin": (list, [0.15, 0.5, 0.6], "required distance in coarse brightness, coarse "
+        "diversity": (float, 2.0, "weight of the diversity hinge"),
+        "diversity_margin": (list, [0.1, 0.4, 0.6], "required distance in coarse brightness, coarse "
                              "color and detail, as shares of that between different real images"),
         "diversity_every": (int, 2, "every so many steps; its gradient is not scaled up in return"),
         "diversity_regional": (float, 0.5, "share of the pairs whose noises differ in random classes alone"),
-        "locality": (float, 10.0, "weight of the change outside the region whose noise was redrawn"),
+        "labelmix": (float, 0.0, "weight of OASIS's LabelMix consistency of the discriminator"),
+        "locality": (float, 0.5, "weight of the change outside the region whose noise was redrawn, as a share of that inside"),
     },
     "train": {
         "steps": (int, 600, "steps in all; each updates generator and discriminator once"),
@@ -67,6 +68,7 @@ SCHEMA = {
         "lr_generator": (float, 4e-4, "Adam"),
         "lr_discriminator": (float, 4e-4, "Adam"),
         "betas": (list, [0.0, 0.99], "Adam's"),
+        "fresh_fakes": (bool, False, "the discriminator's fakes come from the updated generator, at the cost of a forward pass"),
         "ema": (float, 0.999, "decay of the generator's moving average, the model that is sampled and evaluated"),
         "log_every": (int, 10, "steps"),
         "sample_every": (int, 200, "steps; 0 = only at the end"),
@@ -98,8 +100,9 @@ SCHEMA = {
 def network_classes(kind: str) -> dict[str, type]:
     """Name -> class, for `kind` "generator" or "discriminator". A new network is listed here."""
     import models  # here, since the networks' files import this one
-    return {"generator": {"dp_sims": models.Generator},
-            "discriminator": {"backbone": models.Discriminator}}[kind]
+    import oasis
+    return {"generator": {"dp_sims": models.Generator, "oasis": oasis.OASISGenerator},
+            "discriminator": {"backbone": models.Discriminator, "oasis": oasis.OASISDiscriminator}}[kind]
 
 
 def network_arguments(cls: type) -> dict:

@@ -5,19 +5,21 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 
-def class_weights(counts: torch.Tensor) -> torch.Tensor:
-    """Inverse-frequency weights: alpha_c = (pixels / present classes) / count_c, 0 for absent classes [OASIS].
+def class_weights(counts: torch.Tensor, power: float = 1.0) -> torch.Tensor:
+    """Class weights alpha_c proportional to count_c ** -power, 0 for absent classes, so scaled that all pixels average 1.
+
+    With power 1, alpha_c = (pixels / present classes) / count_c [OASIS]; with 0 all classes weigh the same.
 
     Args:
-        counts: (C + 1,) pixels of every class and, last, void over the whole batch.
+        counts: (C + 1,) pixels of every class and, last, void over the whole batch. Void pixels count in the average.
 
     Returns:
-        (C + 1,) float weights; the last, void's, is 0. Averaged over all pixels, void too, they give 1.
+        (C + 1,) float weights; the last, void's, is 0.
     """
-    counts = counts.float()
-    present = counts[:-1] > 0
-    weights = counts.sum() / (present.sum().clamp_min(1) * counts[:-1].clamp_min(1)) * present
-    return F.pad(weights, (0, 1))
+    counts = counts.double()
+    weights = counts[:-1].clamp_min(1) ** -power * (counts[:-1] > 0)
+    weights = weights * counts.sum() / (weights * counts[:-1]).sum().clamp_min(1e-12)
+    return F.pad(weights.float(), (0, 1))
 
 
 def focal_loss(logits: torch.Tensor, target: torch.Tensor, weights: torch.Tensor, gamma: float) -> torch.Tensor:
@@ -106,6 +108,8 @@ def diversity_loss(image1: torch.Tensor, image2: torch.Tensor, region: torch.Ten
 
 
 def locality_loss(image1: torch.Tensor, image2: torch.Tensor, region: torch.Tensor) -> torch.Tensor:
-    """Mean L1 change of the pixels outside the region where the noises differ, (B, H, W) bool [ours]."""
-    outside = ~region[:, None]
-    return ((image1 - image2).float().abs() * outside).mean()
+    """Mean over images of outside / (inside + 0.02): the mean L1 change of the pixels outside and inside the region
+    where the noises differ, (B, H, W) bool; no gradient through the latter, and 0 without pixels outside [ours]."""
+    change = (image1 - image2).float().abs().mean(1)
+    mean_in = lambda mask: (change * mask).flatten(1).sum(1) / mask.flatten(1).sum(1).clamp_min(1)
+    return (mean_in(~region) / (mean_in(region).detach() + 0.02)).mean()

@@ -205,7 +205,7 @@ class OASISGenerator(nn.Module):
 
     def __init__(self, num_classes: int, height: int, width: int, channels: int = 64, z_dim: int = 64):
         super().__init__()
-        self.num_classes, self.z_dim = num_classes, z_dim
+        self.num_classes, self.z_dim, self.divisor = num_classes, z_dim, 2 ** (BLOCKS - 1)
         _check_size(height, width, 2 ** (BLOCKS - 1), "generator")
         features = [channels * factor for factor in (16, 16, 16, 8, 4, 2, 1)]
         self.first = LabelConv(z_dim, num_classes, features[0])
@@ -219,12 +219,14 @@ class OASISGenerator(nn.Module):
 
         Args:
             label_map: int64 (B, height, width) in 0..C.
-            z: (B, z_dim), the noise of each image, the same in all its pixels.
-            z2: (B, z_dim), the noise where `region`, bool (B, height, width), is True instead.
+            z: (K * B, z_dim), the noise of each image, the same in all its pixels; row k * B + i is the k-th sample
+                of map i.
+            z2: (K * B, z_dim), the noise where `region`, bool (K * B, height, width), is True instead.
             noise_ids: int64 (B, height, width); z is then (any number, z_dim) and this is the row that each pixel
                 takes: one for each class of each image, or for each pixel (local noise, in the paper only).
         """
         if noise_ids is None:
+            label_map = label_map.repeat(len(z) // len(label_map), 1, 1)
             noise_ids = torch.arange(len(z), device=z.device).view(-1, 1, 1).expand_as(label_map)
         if z2 is not None:
             z, noise_ids = torch.cat([z, z2]), noise_ids + len(z) * region
@@ -320,8 +322,10 @@ class OASISDiscriminator(nn.Module):
         self.to_logits = nn.Conv2d(channels, num_classes + 2, 1)
         _initialize(self)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """images: (B, 3, H, W) in [-1, 1], H and W multiples of 64 (UserError) -> logits (B, C + 2, H, W)."""
+    def forward(self, images: Tensor, features: list[Tensor] = ()) -> Tensor:
+        """images: (B, 3, H, W) in [-1, 1], H and W multiples of 64 (UserError) -> logits (B, C + 2, H, W).
+
+        `features`, which other discriminators see, are not used."""
         _check_size(*images.shape[2:], 2**BLOCKS, "discriminator")
         skips = [images]
         for block in self.down:

@@ -23,7 +23,7 @@ from checkpoint import copy_checkpoint, load_checkpoint, save_checkpoint
 from config import UserError, load_config
 from data import build_dataset, quick_check
 from distributed import from_first_process, setup_distributed
-from gan import GAN, noise
+from gan import GAN
 from judges import PerceptualNetwork, feature_network
 from segmenter import segmenter_for
 from metrics import evaluate_generator, gan_sampler, higher_is_better, metric_names
@@ -101,14 +101,14 @@ def stop_requested(stop: bool) -> bool:
     return bool(flag)
 
 
-def check_fit(config: dict, gan: GAN, world_size: int) -> None:
+def check_fit(config: dict, trainer, world_size: int) -> None:
     """Raise UserError where processes, sizes or judges do not go together, before anything is spent on them."""
     train, judges = config["train"], config["eval"]
     if train["batch_size"] % (world_size * train["accumulation"]):
         raise UserError(f"train.batch_size is {train['batch_size']}; it must be a multiple of "
                         f"{world_size} processes x {train['accumulation']} rounds")
-    if any(side % gan.generator.divisor for side in config["data"]["size"]):
-        raise UserError(f"data.size is {config['data']['size']}; both must be multiples of {gan.generator.divisor} "
+    if any(side % trainer.generator.divisor for side in config["data"]["size"]):
+        raise UserError(f"data.size is {config['data']['size']}; both must be multiples of {trainer.generator.divisor} "
                         f"for this generator")
     if judges["metric"] not in metric_names(judges):
         raise UserError(f"eval.metric is {judges['metric']!r}; with these judges there are {', '.join(metric_names(judges))}")
@@ -137,42 +137,38 @@ def collect(pending: list[tuple[int, dict[str, torch.Tensor]]]) -> list[tuple[in
 
 
 @torch.no_grad()
-def write_samples(path: Path, gan: GAN, dataset, count: int = 8) -> None:
-    """One sheet, a column a scene: label map, real image, two samples; under each sample what the discriminator
-    believes of it: its class map and how fake it thinks every pixel is (white: fake)."""
-    palette = torch.from_numpy(dataset.palette).to(gan.device)
-    paint = lambda label: palette[label].permute(0, 3, 1, 2).float() / 255
+def write_samples(path: Path, trainer, dataset, count: int = 8) -> None:
+    """One sheet, a column a scene: label map, real image, and below what the trainer shows of its own."""
+    palette = torch.from_numpy(dataset.palette).to(trainer.device)
     pairs = [dataset[i * len(dataset) // count] for i in range(min(count, len(dataset)))]
-    real, label_map = (torch.stack(column).to(gan.device) for column in zip(*pairs))
+    real, label_map = (torch.stack(column).to(trainer.device) for column in zip(*pairs))
     label_map = label_map.long()
-    rows = [paint(label_map), real.float() / 255]
-    gan.discriminator.eval()  # or looking would move its spectral norms
-    for k in range(2):
-        z = noise([(i, k) for i in range(len(pairs))], gan.ema.z_dim, gan.device)
-        fake = gan.ema(label_map, z)
-        p = gan.discriminator(fake, gan.backbone(fake)).float().softmax(1)
-        rows += [fake.float() / 2 + 0.5, paint(p[:, :-1].argmax(1)), p[:, -1:].expand(-1, 3, -1, -1)]
-    gan.discriminator.train()
+    rows = [palette[label_map].permute(0, 3, 1, 2).float() / 255, real.float() / 255, *trainer.sheet(label_map, palette)]
     save_image(make_grid(torch.cat(rows).cpu(), nrow=len(pairs), padding=1), path)
 
 
-def start_networks(gan: GAN, config: dict, dataset, source: Path | None) -> int:
-    """Load a checkpoint or measure what training needs; returns the step to start from."""
-    state = load_checkpoint(source or config["init_from"], gan.device) if source or config["init_from"] else None
+def start_networks(trainer, config: dict, dataset, source: Path | None) -> tuple[int, list[torch.Tensor]]:
+    """Load a checkpoint or measure what training needs.
+
+    Returns:
+        The step to start from, and batches of label maps (16, H, W) of the training split.
+    """
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(config["seed"]))
+    images, maps = zip(*(dataset[i] for i in order[: config["data"]["calibration_images"]].tolist()))
+    maps = [batch.to(trainer.device).long() for batch in torch.stack(maps).split(16)]
+    state = load_checkpoint(source or config["init_from"], trainer.device) if source or config["init_from"] else None
     if state is None:
-        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(config["seed"]))
-        images = torch.stack([dataset[i][0] for i in order[: config["backbone"]["calibration_images"]].tolist()])
-        gan.calibrate([batch.to(gan.device).float() / 127.5 - 1 for batch in images.split(16)])
-        return 0
-    if len(state["class_names"]) != gan.num_classes:
+        trainer.calibrate([batch.to(trainer.device).float() / 127.5 - 1 for batch in torch.stack(images).split(16)])
+        return 0, maps
+    if len(state["class_names"]) != trainer.num_classes:
         raise UserError(f"{source or config['init_from']}: trained on {len(state['class_names'])} classes, "
-                        f"the data set has {gan.num_classes}; choose the data set it was trained on")
+                        f"the data set has {trainer.num_classes}; choose the data set it was trained on")
     try:
-        gan.load_state_dict(state, optimizers=bool(source))
+        trainer.load_state_dict(state, optimizers=bool(source))
     except (RuntimeError, KeyError, ValueError) as error:
         raise UserError(f"{source or config['init_from']}: its networks differ from those configured "
                         f"({' '.join(str(error).split())[:200]}); use the configuration it was trained with") from error
-    return state["step"] if source else 0
+    return state["step"] if source else 0, maps
 
 
 def main(config: dict, resume: bool) -> None:
@@ -184,9 +180,9 @@ def main(config: dict, resume: bool) -> None:
     if rank == 0:
         quick_check(dataset)
         quick_check(held_out)
-    gan = GAN(config, dataset.num_classes, device)
-    check_fit(config, gan, world_size)
-    first = start_networks(gan, config, dataset, source)
+    trainer = GAN(config, dataset.num_classes, device)
+    check_fit(config, trainer, world_size)
+    first, maps = start_networks(trainer, config, dataset, source)
     if rank == 0:
         make_run(run, config)
     cache = run.parent / "cache"  # what the judges know of the real images, shared by all runs
@@ -204,7 +200,7 @@ def main(config: dict, resume: bool) -> None:
     bar = tqdm(loader, initial=first, total=train["steps"], disable=rank != 0, unit="step", dynamic_ncols=True)
     for step, (image, label_map) in enumerate(bar, first + 1):
         image, label_map = (t.to(device, non_blocking=True) for t in (image, label_map))
-        pending.append((step, gan.step(image, label_map, step - 1, list(sampler.places))))
+        pending.append((step, trainer.step(image, label_map, step - 1, list(sampler.places))))
         stopping = stop_requested(bool(stop))
         logging, evaluating = due(train["log_every"], step), due(train["eval_every"], step)
         saving = due(train["save_every"], step) or stopping
@@ -219,16 +215,19 @@ def main(config: dict, resume: bool) -> None:
                               "peak_memory_gib": peak_memory(device)})
                 bar.set_postfix({name: f"{value:.3f}" for name, value in values.items()}, refresh=False)
             pending, since = [], time.time()
-        if rank == 0 and due(train["sample_every"], step):
-            write_samples(run / "samples" / f"{step:07d}.png", gan, held_out)
+        sampling = due(train["sample_every"], step)
+        if sampling or saving or evaluating:
+            trainer.refresh(maps)
+        if rank == 0 and sampling:
+            write_samples(run / "samples" / f"{step:07d}.png", trainer, held_out)
         if rank == 0 and saving:
-            save(run, step, config, dataset, gan)
+            save(run, step, config, dataset, trainer)
         if evaluating and not stopping:
-            metrics = evaluate_generator(gan_sampler(gan.ema), held_out, config["eval"], device, cache, segmenter,
+            metrics = evaluate_generator(gan_sampler(trainer.ema), held_out, config["eval"], device, cache, segmenter,
                                          rank=rank, world_size=world_size)
             if rank == 0 and recorder.evaluation(step, metrics):
                 if not saving:
-                    save(run, step, config, dataset, gan)
+                    save(run, step, config, dataset, trainer)
                 copy_checkpoint(run / "checkpoints" / "latest.pt", run / "checkpoints" / "best.pt")
         since = time.time() if saving or evaluating else since
         if stopping:
@@ -243,11 +242,11 @@ def main(config: dict, resume: bool) -> None:
         dist.destroy_process_group()
 
 
-def save(run: Path, step: int, config: dict, dataset, gan: GAN) -> None:
+def save(run: Path, step: int, config: dict, dataset, trainer) -> None:
     """Write checkpoints/STEP.pt and latest.pt; drop the oldest beyond train.keep."""
     folder = run / "checkpoints"
     save_checkpoint({"config": config, "class_names": dataset.class_names, "palette": dataset.palette.tolist(),
-                     "step": step, **gan.state_dict()}, folder / f"{step:07d}.pt")
+                     "step": step, **trainer.state_dict()}, folder / f"{step:07d}.pt")
     copy_checkpoint(folder / f"{step:07d}.pt", folder / "latest.pt")
     for old in sorted(folder.glob("[0-9]*.pt"))[: -config["train"]["keep"]]:
         old.unlink()
