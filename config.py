@@ -35,8 +35,10 @@ SCHEMA = {
         "calibration_images": (int, 256, "training pairs that statistics are measured on: the backbone's, batch norm's"),
         "workers": (int, 1, "loading processes of each training process"),
         "skip_broken": (bool, False, "go on without files that cannot be read"),
+        "instances": (bool, False, "cityscapes: read instance maps too, for a generator with instance_edges"),
     },
-    "generator": {"name": (str, "dp_sims", "dp_sims or oasis; further keys are the arguments of its class")},
+    "generator": {"name": (str, "dp_sims", "dp_sims or oasis, trained against the discriminator, or sdm, trained by diffusion; "
+                                 "further keys are the arguments of its class")},
     "discriminator": {"name": (str, "backbone", "backbone or oasis; further keys are the arguments of its class")},
     "backbone": {
         "name": (str, "tf_efficientnet_lite0", "any timm network with intermediate features"),
@@ -61,8 +63,15 @@ SCHEMA = {
         "labelmix": (float, 0.0, "weight of OASIS's LabelMix consistency of the discriminator"),
         "locality": (float, 0.5, "weight of the change outside the region whose noise was redrawn, as a share of that inside"),
     },
+    "diffusion": {  # with generator.name sdm, in place of discriminator, backbone and loss
+        "steps": (int, 1000, "steps of an image in evaluation and sample.py, 2 to 1000; published: 1000"),
+        "sheet_steps": (int, 50, "steps of an image in samples/STEP.png"),
+        "sampler": (str, "ancestral", "ancestral or ddim"),
+        "guidance": (float, 1.5, "1: the network with the label map; above, away from what it does without"),
+        "drop_labels": (float, 0.2, "share of the label maps withheld in training, which guidance rests on"),
+    },
     "train": {
-        "steps": (int, 600, "steps in all; each updates generator and discriminator once"),
+        "steps": (int, 600, "steps in all; each updates every network once"),
         "batch_size": (int, 8, "images a step over all processes and accumulation rounds"),
         "accumulation": (int, 1, "rounds of forward and backward a step"),
         "lr_generator": (float, 4e-4, "Adam"),
@@ -101,7 +110,8 @@ def network_classes(kind: str) -> dict[str, type]:
     """Name -> class, for `kind` "generator" or "discriminator". A new network is listed here."""
     import models  # here, since the networks' files import this one
     import oasis
-    return {"generator": {"dp_sims": models.Generator, "oasis": oasis.OASISGenerator},
+    import sdm
+    return {"generator": {"dp_sims": models.Generator, "oasis": oasis.OASISGenerator, "sdm": sdm.SDMUNet},
             "discriminator": {"backbone": models.Discriminator, "oasis": oasis.OASISDiscriminator}}[kind]
 
 
@@ -211,5 +221,15 @@ def _check_values(config: dict, source: str) -> None:
         need(train[key] >= 0, f"train.{key}", "it is not negative")
     need(len(config["loss"]["diversity_margin"]) == 3, "loss.diversity_margin", "give three shares")
     need(len(train["betas"]) == 2, "train.betas", "Adam has two")
+    diffusion = config["diffusion"]
+    for key in ("steps", "sheet_steps"):
+        need(2 <= diffusion[key] <= 1000, f"diffusion.{key}", "it is 2 to 1000")
+    need(diffusion["sampler"] in ("ancestral", "ddim"), "diffusion.sampler", "it is ancestral or ddim")
+    need(0 <= diffusion["guidance"] < float("inf"), "diffusion.guidance", "it is a number from 0")
+    need(0 <= diffusion["drop_labels"] < 1, "diffusion.drop_labels", "it is a share from 0 to below 1")
+    need(diffusion["drop_labels"] > 0 or diffusion["guidance"] == 1, "diffusion.guidance",
+         "without dropped label maps (diffusion.drop_labels) nothing is learned that it could use: set 1")
+    need(not config["data"]["instances"] or config["generator"].get("instance_edges", False), "data.instances",
+         "only generator.name=sdm with generator.instance_edges=true uses instance maps")
     need(config["loss"]["diversity_every"] > 0, "loss.diversity_every", "it is at least 1")
     need(bool(config["name"]) and not set(config["name"]) & set('/\\'), "name", "it is the name of one folder")

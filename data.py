@@ -46,6 +46,7 @@ class Layout:
     folders: dict[str, list[tuple[str, str]]]
     image_ending: str = ""
     label_ending: str = ""
+    instance_ending: str | None = None  # instance maps lie beside the label maps, with this in place of label_ending
     nested: bool = False  # one more level of folders (cities)
     equal_sizes: bool = True
 
@@ -56,7 +57,7 @@ LAYOUTS = {
                       "val": [("images/validation", "annotations/validation")]}),
     "coco_stuff": Layout({split: [(f"{split}_img", f"{split}_label")] for split in SPLITS}),
     "cityscapes": Layout({split: [(f"leftImg8bit/{split}", f"gtFine/{split}")] for split in SPLITS},
-                         "_leftImg8bit", "_gtFine_labelIds", nested=True),
+                         "_leftImg8bit", "_gtFine_labelIds", "_gtFine_instanceIds", nested=True),
     # Results are published on the test split; images are 1024 x 1024 and label maps 512 x 512.
     "celebamask_hq": Layout({"train": [("train/images", "train/labels"), ("train_img", "train_label")],
                              "val": [("test/images", "test/labels"), ("test_img", "test_label"),
@@ -127,20 +128,31 @@ def _resize_image(image: Image.Image, path: str | Path, size, box) -> np.ndarray
         raise damaged(path, error) from None
 
 
+def read_instance_map(path: str | Path, size: tuple[int, int], box: tuple | None = None) -> np.ndarray:
+    """An instance map (8- or 16-bit gray PNG) -> int32 (H, W), the part `box` of it resized (nearest). Raises UserError."""
+    with open_image(path) as image:
+        try:  # one mode for all bit depths, with all bits kept
+            ids = Image.fromarray(np.asarray(image).astype(np.int32))
+            return np.array(ids.resize(size[::-1], Image.Resampling.NEAREST, box))
+        except Exception as error:  # as above
+            raise damaged(path, error) from None
+
+
 class LabeledImages(torch.utils.data.Dataset):
     """Pairs of image and label map at one size; made by `build_dataset`.
 
     `dataset[index]` is the plain pair, `dataset[index, draw]` an augmented one that depends on (seed, draw) alone:
-    image uint8 (3, H, W), label uint8 (H, W) in 0..C. Raises UserError for files that cannot be used; with skip_broken
+    image uint8 (3, H, W), label uint8 (H, W) in 0..C and, with `instances`, int32 (H, W), an id for each thing that a
+    data set tells apart, which goes through the same crop and flip. Raises UserError for files that cannot be used; with skip_broken
     they are named once, counted in `num_broken` (over all loading processes), and another pair is drawn, always the same.
     """
 
     def __init__(self, form: LabelFormat, split: str, size, seed: int, augment: bool, load_scale: float, flip: bool,
                  pairs: list[tuple[Path, Path]] | None = None, layout: Layout = LAYOUTS["folder"],
-                 skip_broken: bool = False):
+                 skip_broken: bool = False, instances: bool = False):
         self.form, self.split, self.size, self.seed = form, split, tuple(size), seed
         self.augment, self.load_scale, self.flip = augment, load_scale, flip
-        self.pairs, self.layout, self.skip_broken = pairs, layout, skip_broken
+        self.pairs, self.layout, self.skip_broken, self.instances = pairs, layout, skip_broken, instances
         self.num_classes, self.class_names, self.palette = form.num_classes, form.class_names, form.palette
         self._broken = torch.zeros(len(self), dtype=torch.bool).share_memory_()  # loading processes add to it
 
@@ -163,7 +175,12 @@ class LabeledImages(torch.utils.data.Dataset):
             self._broken[index] = True
             print(f"skipped: {error}", file=sys.stderr)
 
-    def __getitem__(self, key: int | tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    def instance_path(self, index: int) -> Path:
+        """The instance map of a pair."""
+        label = self.pairs[index][1]
+        return label.with_name(label.stem.removesuffix(self.layout.label_ending) + self.layout.instance_ending + ".png")
+
+    def __getitem__(self, key: int | tuple[int, int]) -> tuple[torch.Tensor, ...]:
         index, draw = key if isinstance(key, tuple) else (key, None)
         if not 0 <= index < len(self):
             raise IndexError(index)
@@ -177,15 +194,14 @@ class LabeledImages(torch.utils.data.Dataset):
                 index = int(np.random.default_rng([self.seed, index, attempt]).integers(len(self)))
         raise UserError(f"{self.pairs[index][0]}: 100 broken files in a row; see `python data.py check` and mend them")
 
-    def _load(self, index: int, draw: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def _load(self, index: int, draw: int | None) -> tuple[torch.Tensor, ...]:
         position, flip = None, False
         if self.augment and draw is not None:
             rng = np.random.default_rng([self.seed, draw])
             position, flip = rng.random(2), self.flip and rng.random() < 0.5
-        image, label = self._render(index, position) if self.pairs is None else self._read(index, position)
-        if flip:
-            image, label = image[:, ::-1], label[:, ::-1]
-        return tuple(torch.from_numpy(np.ascontiguousarray(a)) for a in (image.transpose(2, 0, 1), label))
+        maps = self._render(index, position) if self.pairs is None else self._read(index, position)
+        image, *labels = (a[:, ::-1] for a in maps) if flip else maps
+        return tuple(torch.from_numpy(np.ascontiguousarray(a)) for a in (image.transpose(2, 0, 1), *labels))
 
     def _render(self, index: int, position) -> tuple[np.ndarray, np.ndarray]:
         if position is None:
@@ -196,7 +212,7 @@ class LabeledImages(torch.utils.data.Dataset):
         area = slice(top, top + self.size[0]), slice(left, left + self.size[1])
         return image[area], label[area]
 
-    def _read(self, index: int, position) -> tuple[np.ndarray, np.ndarray]:
+    def _read(self, index: int, position) -> tuple[np.ndarray, ...]:
         image_path, label_path = self.pairs[index]
         with open_image(image_path) as image, open_image(label_path) as label:
             self._compare_sizes(index, image.size, label.size)
@@ -206,7 +222,10 @@ class LabeledImages(torch.utils.data.Dataset):
                 label = label.resize(self.size[::-1], Image.Resampling.NEAREST, boxes[1])
             except Exception as error:  # as above
                 raise damaged(label_path, error) from None
-        return pixels, decode_label(label, label_path, self.form)
+        classes = decode_label(label, label_path, self.form)
+        if not self.instances:
+            return pixels, classes
+        return pixels, classes, read_instance_map(self.instance_path(index), self.size, boxes[1])
 
     def _compare_sizes(self, index: int, image_size: tuple[int, int], label_size: tuple[int, int]) -> None:
         if self.layout.equal_sizes and image_size != label_size:
@@ -239,6 +258,8 @@ class LabeledImages(torch.utils.data.Dataset):
                 if size:
                     self._compare_sizes(index, size, label.size)
                 classes = decode_label(label, label_path, self.form)
+            if self.instances:
+                read_instance_map(self.instance_path(index), (1, 1))
         except UserError as error:
             problems.append(error)
         return size, classes, problems
@@ -254,6 +275,10 @@ def build_dataset(data_config: dict, split: str, seed: int = 0, augment: bool = 
     """
     form = label_format(data_config)
     options = {key: data_config[key] for key in ("size", "load_scale", "flip")} | {"seed": seed, "augment": augment}
+    instances = data_config.get("instances", False)
+    if instances and getattr(LAYOUTS.get(data_config["name"]), "instance_ending", None) is None:
+        raise UserError(f"data.instances: true, but {data_config['name']} has no instance maps; without them the edges of "
+                        f"the label map are used: set data.instances=false")
     if data_config["name"] == "scenes":
         return LabeledImages(form, split, **options)
     if data_config["root"] is None:
@@ -264,7 +289,7 @@ def build_dataset(data_config: dict, split: str, seed: int = 0, augment: bool = 
         raise UserError(problems[0] + (f" ({len(problems) - 1} more such files)" if len(problems) > 1 else ""))
     for problem in problems:
         print(f"skipped: {problem}", file=sys.stderr)
-    return LabeledImages(form, split, **options, pairs=pairs, layout=layout, skip_broken=skip_broken)
+    return LabeledImages(form, split, **options, pairs=pairs, layout=layout, skip_broken=skip_broken, instances=instances)
 
 
 def in_threads(function: Callable, items: Iterable, text: str) -> Iterator:

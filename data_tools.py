@@ -94,7 +94,7 @@ def show(config: dict, arguments: argparse.Namespace) -> None:
     count = min(arguments.count, len(dataset))
     cells = []
     for index in np.linspace(0, len(dataset) - 1, count).astype(int).tolist():
-        image, label = (tensor.numpy() for tensor in dataset[index])
+        image, label = (tensor.numpy() for tensor in dataset[index][:2])
         pair = np.concatenate([image.transpose(1, 2, 0), colorize(label, dataset.palette)], axis=1)
         cells.append(np.pad(pair.repeat(scale, 0).repeat(scale, 1), ((0, 8), (0, 8), (0, 0)), constant_values=255))
     cells += [np.full_like(cells[0], 255)] * (-count % columns)
@@ -128,7 +128,7 @@ def export(config: dict, arguments: argparse.Namespace) -> None:
         (arguments.out / kind).mkdir(parents=True, exist_ok=True)
 
     def write(index: int) -> None:
-        image, label = (tensor.numpy() for tensor in dataset[index])
+        image, label = (tensor.numpy() for tensor in dataset[index][:2])
         Image.fromarray(image.transpose(1, 2, 0)).save(paths[index][0])
         Image.fromarray(dataset.form.encode(label)).save(paths[index][1])
 

@@ -1,4 +1,4 @@
-"""Gaussian diffusion as SDM uses it: linear schedule, hybrid loss with learned variance, samplers.
+"""Gaussian diffusion as SDM uses it: linear schedule, hybrid loss with learned variance, samplers, training step.
 
 Steps are numbered t = 0..999 as in the official code: alpha_bar[t] is what is left of the image's variance after t + 1
 noisings. Equations (n) are those of Nichol and Dhariwal, 2021 (arXiv 2102.09672), unless another paper is named. A
@@ -6,6 +6,7 @@ network's output is (B, 6, H, W): the noise estimate eps, then v, which places t
 between its lower (v = -1) and upper (v = 1) bound.
 """
 
+import copy
 import math
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
@@ -17,6 +18,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from config import UserError
+from distributed import all_reduce
+from gan import build_network
 from sdm import SDMUNet
 
 TRAIN_STEPS = 1000
@@ -101,7 +104,7 @@ def pixel_nll(image: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
 
 
 def training_loss(unet: SDMUNet, image: Tensor, label_map: Tensor, t: Tensor, noise: Tensor,
-                  dropped: Tensor | None = None, edges: Tensor | None = None) -> dict[str, Tensor]:
+                  dropped: Tensor | None = None, instances: Tensor | None = None) -> dict[str, Tensor]:
     """The hybrid loss of equation (16): simple + vb, with weight 1 for vb, the term of one step in bits a value.
 
       simple = mean |noise - eps|^2
@@ -109,12 +112,12 @@ def training_loss(unet: SDMUNet, image: Tensor, label_map: Tensor, t: Tensor, no
 
     vb trains only the variance: no gradient flows from it into eps. t is drawn uniformly from 0..999.
     image: (B, 3, H, W) in [-1, 1]. label_map: int64 (B, H, W) in 0..C. t: int64 (B,). noise: (B, 3, H, W), standard
-    normal. dropped: bool (B,), True where the label map is withheld (20% in SDM's fine-tuning). edges: see SDMUNet.
+    normal. dropped: bool (B,), True where the label map is withheld (20% in SDM's fine-tuning). instances: see SDMUNet.
     Returns {"simple": (B,), "vb": (B,)}; the loss of a batch is the mean of their sum.
     """
     s, index = schedule(device=image.device), t[:, None, None, None]
     noisy = add_noise(image, noise, index, s)
-    eps, v = unet(noisy, t, label_map, edges, dropped).float().chunk(2, dim=1)
+    eps, v = unet(noisy, t, label_map, instances, dropped).float().chunk(2, dim=1)
 
     true_mean = s.mean_image[index] * image + s.mean_noisy[index] * noisy
     mean, log_variance = reverse_step(noisy, predict_image(noisy, eps.detach(), index, s), v, index, s)
@@ -160,22 +163,25 @@ def seeded_noise(seeds: Sequence[int], size: Sequence[int]) -> Iterator[Tensor]:
 
 @torch.no_grad()
 def sample(unet: SDMUNet, label_map: Tensor, noise: Iterator[Tensor], steps: int = TRAIN_STEPS, guidance: float = 1.5,
-           sampler: str = "ancestral", edges: Tensor | None = None, progress: bool = False) -> Tensor:
+           sampler: str = "ancestral", instances: Tensor | None = None, progress: bool = False) -> Tensor:
     """Images of a label map, on the label map's device.
 
     label_map: int64 (B, H, W) in 0..C. noise: gives (B, 3, H, W) at a time, such as `seeded_noise(seeds, (H, W))`.
     steps: 2..1000. guidance: 1 is the conditional model, 0 the unconditional, 1.5 published; other than 1 wants a
     network trained with dropped label maps. sampler: "ancestral" (a draw each step, the learned variance; the official
-    chain at 1000 steps) or "ddim" (the first noise decides the image). edges: see SDMUNet.
-    Returns (B, 3, H, W) in [-1, 1]. Raises UserError on steps or sampler.
+    chain at 1000 steps) or "ddim" (the first noise decides the image). instances: see SDMUNet.
+    On a GPU the network runs in bf16. Returns (B, 3, H, W) in [-1, 1]. Raises UserError on steps or sampler.
     """
     if sampler not in SAMPLERS:
         raise UserError(f"sampler {sampler!r}: choose one of {', '.join(SAMPLERS)}")
     s = schedule(steps, label_map.device)
-    features = unet.encode_labels(label_map, edges, guided=guidance != 1)
+    half = torch.autocast(label_map.device.type, torch.bfloat16, enabled=label_map.device.type == "cuda")
+    with half:
+        features = unet.encode_labels(label_map, instances, guided=guidance != 1)
     x = next(noise).to(label_map.device)
     for index in tqdm(range(steps - 1, -1, -1), desc="sampling", unit="step", leave=False, disable=not progress):
-        output = unet(x, s.t[index].expand(len(x)), features)
+        with half:
+            output = unet(x, s.t[index].expand(len(x)), features)
         if guidance != 1:
             output = guide(output, guidance)
         if sampler == "ddim":
@@ -183,3 +189,93 @@ def sample(unet: SDMUNet, label_map: Tensor, noise: Iterator[Tensor], steps: int
         else:
             x = ancestral_step(x, output, index, next(noise).to(x.device), s)
     return x
+
+
+class Diffusion:
+    """Network, loss and optimiser of one training run; `gan.GAN` has the same methods.
+
+    The optimiser is Adam, which the official AdamW without weight decay is too.
+
+    Args:
+        config: a checked configuration whose generator is an SDMUNet.
+        num_classes: C.
+        device: where to train; bf16 autocast is on where it is a GPU.
+    """
+
+    def __init__(self, config: dict, num_classes: int, device: torch.device):
+        self.config, self.num_classes, self.device = config, num_classes, device
+        torch.manual_seed(config["seed"])
+        self.generator = build_network("generator", config, num_classes).to(device, memory_format=torch.channels_last)
+        self.ema = copy.deepcopy(self.generator).eval().requires_grad_(False)
+        self.optimizer = torch.optim.Adam(self.generator.parameters(), lr=config["train"]["lr_generator"],
+                                          betas=tuple(config["train"]["betas"]), fused=device.type == "cuda")
+
+    def calibrate(self, images: list[Tensor]) -> None:
+        """Nothing is measured on real images."""
+
+    def refresh(self, maps: list[Tensor]) -> None:
+        """`ema` has no batch norm and is always ready for use."""
+
+    def step(self, image: Tensor, label_map: Tensor, step: int, samples: list[int],
+             instances: Tensor | None = None) -> dict[str, Tensor]:
+        """Update the network once.
+
+        Args:
+            image: (B, 3, H, W) uint8, this process's share of the batch.
+            label_map: (B, H, W) uint8 in 0..C.
+            step: counts from 0. samples: B numbers, the places of these images in the whole batch; time step, noise
+                and whether the label map is withheld follow from the seed, step and place.
+            instances: int32 (B, H, W), where the network is to see their edges.
+
+        Returns:
+            {"simple", "vb"}: both terms of the loss, of this process alone.
+        """
+        train = self.config["train"]
+        rounds, totals = train["accumulation"], {}
+        self.optimizer.zero_grad()
+        for part in range(rounds):
+            chosen = slice(part * len(image) // rounds, (part + 1) * len(image) // rounds)
+            t, dropped, noise = self._draw(step, samples[chosen], image.shape[2:])
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+                terms = training_loss(self.generator, image[chosen].float() / 127.5 - 1, label_map[chosen].long(), t, noise,
+                                      dropped, None if instances is None else instances[chosen])
+            terms = {name: values.mean() / rounds for name, values in terms.items()}
+            sum(terms.values()).backward()
+            totals = {name: totals.get(name, 0) + value.detach() for name, value in terms.items()}
+        all_reduce([p.grad for p in self.generator.parameters()], average=True)
+        self.optimizer.step()
+        with torch.no_grad():
+            decay = min(train["ema"], (1 + step) / (10 + step))
+            torch._foreach_lerp_(list(self.ema.parameters()), list(self.generator.parameters()), 1 - decay)
+        return totals
+
+    def _draw(self, step: int, samples: list[int], size: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Time steps (B,), which label maps are withheld (B,) bool, noise (B, 3, H, W)."""
+        drawn = []
+        for place in samples:
+            rng = np.random.default_rng((self.config["seed"], step, place))
+            drawn.append((rng.integers(TRAIN_STEPS), rng.random() < self.config["diffusion"]["drop_labels"],
+                          rng.standard_normal((3, *size), dtype=np.float32)))
+        return tuple(torch.from_numpy(np.stack(column)).to(self.device) for column in zip(*drawn))
+
+    def sheet(self, label_map: Tensor, palette: Tensor, instances: Tensor | None = None) -> list[Tensor]:
+        """Rows of a sample sheet for label maps (B, H, W), each (B, 3, H, W) in [0, 1]: two samples, in
+        diffusion.sheet_steps steps."""
+        settings, count = self.config["diffusion"], len(label_map)
+        rows = []
+        for k in range(2):
+            noise = seeded_noise(range(k * count, (k + 1) * count), label_map.shape[1:])
+            rows.append(sample(self.ema, label_map, noise, settings["sheet_steps"], settings["guidance"],
+                               settings["sampler"], instances) / 2 + 0.5)
+        return rows
+
+    def state_dict(self) -> dict:
+        """All that training needs to go on exactly."""
+        return {name: getattr(self, name).state_dict() for name in ("generator", "ema", "optimizer")}
+
+    def load_state_dict(self, state: dict, optimizers: bool = True) -> None:
+        """Take over what `state_dict` gave; without the optimiser's state for fine-tuning."""
+        for name in ("generator", "ema", *(("optimizer",) if optimizers else ())):
+            getattr(self, name).load_state_dict(state[name])
+        for group in self.optimizer.param_groups:  # a run may go on with another rate than it had
+            group["lr"] = self.config["train"]["lr_generator"]

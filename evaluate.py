@@ -23,7 +23,7 @@ from config import UserError, apply_overrides, check_config, load_config
 from data import IMAGE_SUFFIXES, LAYOUTS, LabeledImages, build_dataset, read_image
 from distributed import setup_distributed
 from labels import label_format, open_image
-from metrics import evaluate_generator, gan_sampler, sample_seed
+from metrics import evaluate_generator, sample_seed, sampler_for
 from segmenter import segmenter_for
 
 
@@ -131,7 +131,7 @@ def write_json(metrics: dict, path: Path) -> None:
         raise UserError(f"--out {path}: cannot be written ({error.strerror}); choose another file") from error
 
 
-def prepare(args: argparse.Namespace, device: torch.device):
+def prepare(args: argparse.Namespace, device: torch.device, rank: int = 0):
     """(generate, data set, config, cache folder, what the result says of its source). Raises UserError."""
     if args.checkpoint:
         generator, state = load_generator(args.checkpoint, device)
@@ -142,7 +142,10 @@ def prepare(args: argparse.Namespace, device: torch.device):
                             f"{dataset.num_classes} or others; evaluate on the data set it was trained on")
         folder = args.checkpoint.absolute().parent
         cache = (folder.parents[1] if folder.name == "checkpoints" else folder) / "cache"  # train.py's, where it is one of its
-        return gan_sampler(generator), dataset, config, cache, {"checkpoint": str(args.checkpoint), "step": state["step"]}
+        source = {"checkpoint": str(args.checkpoint), "step": state["step"]}
+        if config["generator"]["name"] == "sdm":
+            source["diffusion"] = config["diffusion"]
+        return sampler_for(generator, config, progress=rank == 0), dataset, config, cache, source
     config = load_config(args.config, args.overrides)
     dataset, names = paired_folders(args.labels, args.real, config)
     samples = image_samples(args.images, names, args.labels, config)
@@ -172,7 +175,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     args = parse_arguments()
     rank, world_size, device = setup_distributed()
-    generate, dataset, config, cache, source = prepare(args, device)
+    generate, dataset, config, cache, source = prepare(args, device, rank)
     segmenter = segmenter_for(config, cache, device, rank)
     metrics = evaluate_generator(generate, dataset, config["eval"], device, cache, segmenter, config["seed"], rank,
                                  world_size, config["data"]["workers"])

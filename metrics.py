@@ -17,9 +17,11 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+import diffusion
 from config import UserError
 from gan import noise
 from judges import FeatureNetwork, PerceptualNetwork, feature_network
+from sdm import SDMUNet
 
 CACHE_VERSION = 1  # raise it when what `RealCache` keeps changes
 
@@ -155,6 +157,20 @@ def to_uint8(images: torch.Tensor) -> torch.Tensor:
     return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
+def sampler_for(network: torch.nn.Module, config: dict, progress: bool = False):
+    """The `generate` of `evaluate_generator` for the generator that a config names; `progress` shows diffusion's steps."""
+    if not isinstance(network, SDMUNet):
+        return gan_sampler(network)
+    settings = config["diffusion"]
+
+    def generate(label_map: torch.Tensor, sample_seeds: list[int], k: int, instances=None) -> torch.Tensor:
+        noises = diffusion.seeded_noise([sample_seed(seed, k) for seed in sample_seeds], label_map.shape[1:])
+        return to_uint8(diffusion.sample(network, label_map, noises, settings["steps"], settings["guidance"],
+                                         settings["sampler"], instances, progress))
+
+    return generate
+
+
 def gan_sampler(generator: torch.nn.Module):
     """The `generate` of `evaluate_generator` for a generator(label_map, z) with images in [-1, 1]."""
 
@@ -268,7 +284,7 @@ def evaluate_generator(generate, dataset: Dataset, eval_config: dict, device: to
 
     Args:
         generate: (label_map int64 (B, H, W) on the device, sample_seeds list of B ints, k) -> uint8 (B, 3, H, W):
-            the k-th sample of each map. Its noise may depend on sample_seeds[i] and k alone; sample_seeds[i] is
+            the k-th sample of each map. Where the data set has instance maps they are a fourth argument. Its noise may depend on sample_seeds[i] and k alone; sample_seeds[i] is
             made from `seed` and the index of the image in the data set.
         dataset: of `data.build_dataset`.
         eval_config: the config's `eval` section.
@@ -298,17 +314,17 @@ def evaluate_generator(generate, dataset: Dataset, eval_config: dict, device: to
     loader = DataLoader(shard, eval_config["batch_size"], num_workers=workers)
     distances = []
     with tqdm(total=len(shard), desc="evaluate", unit="image", disable=rank != 0, leave=False) as bar:
-        for positions, places, images, labels in loader:
-            labels = labels.to(device).long()
+        for positions, places, images, labels, *instances in loader:
+            labels, instances = labels.to(device).long(), [ids.to(device) for ids in instances]
             if not cached:
                 real.update(positions.tolist(), images.to(device), labels)
             seeds = [sample_seed(seed, index) for index in places.tolist()]
-            fakes = generate(labels, seeds, 0)
+            fakes = generate(labels, seeds, 0, *instances)
             fake.update(positions.tolist(), fakes, labels)
             if perceptual:
                 chosen = [i for i, index in enumerate(places.tolist()) if index in diverse]
                 distances += _diversity(generate, perceptual, fakes, labels, seeds, chosen,
-                                        eval_config["diversity_samples"])
+                                        eval_config["diversity_samples"], *instances)
             bar.update(len(labels))
 
     fake.gather()
@@ -330,11 +346,11 @@ def sample_seed(seed: int, index: int) -> int:
     return int(np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-def _diversity(generate, perceptual, first, labels, seeds, chosen, samples) -> list[float]:
+def _diversity(generate, perceptual, first, labels, seeds, chosen, samples, *instances) -> list[float]:
     if not chosen:
         return []
-    labels, seeds = labels[chosen], [seeds[i] for i in chosen]
-    sets = torch.stack([first[chosen]] + [generate(labels, seeds, k) for k in range(1, samples)], dim=1)
+    labels, seeds, instances = labels[chosen], [seeds[i] for i in chosen], [ids[chosen] for ids in instances]
+    sets = torch.stack([first[chosen]] + [generate(labels, seeds, k, *instances) for k in range(1, samples)], dim=1)
     return [perceptual.mean_pair_distance(images) for images in sets]
 
 

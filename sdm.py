@@ -22,6 +22,7 @@ from config import UserError
 
 NORM_GROUPS = 32
 SPADE_CHANNELS = 128
+VOID_CHANNELS = ("last", "first", "none")
 
 # One (scale, shift) pair a SPADE, in the order in which the network meets them; each (B, channels, height, width).
 LabelFeatures = list[tuple[Tensor, Tensor]]
@@ -189,23 +190,26 @@ class SDMUNet(nn.Module):
     num_res_blocks: residual blocks a level in the encoder (one more in the decoder).
     attention_strides: strides with self-attention; 8, 16, 32 are the resolutions 32, 16, 8 of a 256 x 256 image.
     head_channels: channels of one attention head.
-    void_channel: void pixels are one-hot in a last channel of their own, as in the official ADE20K (150 classes) and
-        COCO-Stuff (182) models; without it they are zero in every channel (Cityscapes and CelebAMask-HQ have no void).
+    void_channel: where void pixels are one-hot. "last": in a channel after the classes, as in the official ADE20K (150
+        classes) and COCO-Stuff (182) models; "first": in one before them, so that channel k is labelId k, as in the
+        official Cityscapes model (34); "none": they are zero in every channel (CelebAMask-HQ has no void).
     instance_edges: one more channel, 1 on instance borders, as in the official Cityscapes and CelebAMask-HQ models.
     checkpointing: in training, recompute each block's inner activations in the backward pass instead of keeping them.
 
     The defaults are the published size: 660.6 M parameters with 150 classes.
-    Raises UserError where widths do not divide as they must.
+    Raises UserError for another void_channel and where widths do not divide as they must.
     """
 
     def __init__(self, num_classes: int, base_channels: int = 256, multipliers: tuple[int, ...] = (1, 1, 2, 2, 4, 4),
                  num_res_blocks: int = 2, attention_strides: tuple[int, ...] = (8, 16, 32), head_channels: int = 64,
-                 void_channel: bool = True, instance_edges: bool = False, checkpointing: bool = False):
+                 void_channel: str = "last", instance_edges: bool = False, checkpointing: bool = False):
         super().__init__()
         self.num_classes, self.base_channels = num_classes, base_channels
         self.void_channel, self.instance_edges, self.checkpointing = void_channel, instance_edges, checkpointing
-        self.label_channels = num_classes + void_channel + instance_edges
-        self.size_multiple = 2 ** (len(multipliers) - 1)
+        if void_channel not in VOID_CHANNELS:
+            raise UserError(f"void_channel {void_channel!r}: choose one of {', '.join(VOID_CHANNELS)}")
+        self.label_channels = num_classes + (void_channel != "none") + instance_edges
+        self.divisor = 2 ** (len(multipliers) - 1)  # of image sides
         widths = [base_channels * multiplier for multiplier in multipliers]
         for level, width in enumerate(widths):
             if width % NORM_GROUPS:
@@ -255,51 +259,54 @@ class SDMUNet(nn.Module):
         self.decoder = nn.ModuleList(nn.ModuleList(stage) for stage in decoder)
         self.out = nn.Sequential(GroupNorm(channels), nn.SiLU(), zeroed(nn.Conv2d(channels, 6, 3, padding=1)))
 
-    def semantics(self, label_map: Tensor, edges: Tensor | None = None, dropped: Tensor | None = None) -> Tensor:
+    def semantics(self, label_map: Tensor, instances: Tensor | None = None, dropped: Tensor | None = None) -> Tensor:
         """The label map as the network's SPADEs see it.
 
-        label_map: int64 (B, H, W) in 0..C. edges: bool or 0/1 (B, H, W), used with instance_edges and by default those
-        of the label map itself (as in the official CelebAMask-HQ model; for Cityscapes give `instance_edges` of the
-        instance ids). dropped: bool (B,), True zeroes that image's every channel (classifier-free guidance).
+        label_map: int64 (B, H, W) in 0..C. instances: instance ids, integer (B, H, W), whose edges are used with
+        instance_edges; by default the label map itself stands for them (as in the official CelebAMask-HQ model, where
+        both have the same edges; Cityscapes has instance maps). dropped: bool (B,), True zeroes that image's every
+        channel (classifier-free guidance).
         Returns float (B, label_channels, H, W).
         """
         batch, height, width = label_map.shape
         one_hot = torch.zeros(batch, self.num_classes + 1, height, width, device=label_map.device)
         one_hot.scatter_(1, label_map[:, None], 1)
-        channels = one_hot if self.void_channel else one_hot[:, : self.num_classes]
+        channels = one_hot[:, : self.num_classes] if self.void_channel == "none" else one_hot
+        if self.void_channel == "first":
+            channels = channels.roll(1, dims=1)
         if self.instance_edges:
-            edges = instance_edges(label_map) if edges is None else edges
+            edges = instance_edges(label_map if instances is None else instances)
             channels = torch.cat([channels, edges[:, None].float()], dim=1)
         return channels if dropped is None else channels * ~dropped[:, None, None, None]
 
-    def encode_labels(self, label_map: Tensor, edges: Tensor | None = None, guided: bool = False) -> LabelFeatures:
+    def encode_labels(self, label_map: Tensor, instances: Tensor | None = None, guided: bool = False) -> LabelFeatures:
         """Everything that forward needs of the label map, to be computed once an image and given to every step.
 
-        label_map, edges: as in `semantics`. guided: add one dropped label map at the end of the batch, so that forward
+        label_map, instances: as in `semantics`. guided: add one dropped label map at the end of the batch, so that forward
         also gives the unconditional output. At the published size and 256 x 256 this is about 2 GB an image in float32.
         """
-        semantics = self.semantics(label_map, edges)
+        semantics = self.semantics(label_map, instances)
         if guided:
             semantics = torch.cat([semantics, torch.zeros_like(semantics[:1])])
         # Modules are listed in the order of their registration, which is the order of forward.
         return [module.encode(semantics) for module in self.modules() if isinstance(module, SPADE)]
 
-    def forward(self, noisy: Tensor, t: Tensor, labels: Tensor | LabelFeatures, edges: Tensor | None = None,
+    def forward(self, noisy: Tensor, t: Tensor, labels: Tensor | LabelFeatures, instances: Tensor | None = None,
                 dropped: Tensor | None = None) -> Tensor:
         """noisy: (B, 3, H, W), sides multiples of 2^(levels - 1). t: (B,) in 0..999.
 
-        labels: label map int64 (B, H, W) in 0..C (edges and dropped: see `semantics`), or the features that
+        labels: label map int64 (B, H, W) in 0..C (instances and dropped: see `semantics`), or the features that
         `encode_labels` made of it.
         Returns (B, 6, H, W): the noise estimate, then the variance fraction in about [-1, 1] (see diffusion.py). With
         guided features (2B, 6, H, W): the outputs with the label map, then those without.
         Raises UserError if the size does not fit the number of levels.
         """
-        if any(side % self.size_multiple for side in noisy.shape[-2:]):
-            raise UserError(f"image size {tuple(noisy.shape[-2:])}: make both sides multiples of {self.size_multiple}, "
+        if any(side % self.divisor for side in noisy.shape[-2:]):
+            raise UserError(f"image size {tuple(noisy.shape[-2:])}: make both sides multiples of {self.divisor}, "
                             f"or use fewer multipliers")
         copies = 1
         if isinstance(labels, Tensor):
-            labels = itertools.repeat(self.semantics(labels, edges, dropped))
+            labels = itertools.repeat(self.semantics(labels, instances, dropped))
         else:
             copies = 2 if len(labels[0][0]) > len(noisy) else 1
             labels = iter(labels)
@@ -330,6 +337,7 @@ class SDMUNet(nn.Module):
     def load_official(self, state_dict: Mapping[str, Tensor], source: str = "state dict") -> None:
         """Load an official state dict (`ema_0.9999_best.pt`, `model*.pt`). `source` names it in messages.
 
+        Label channels keep their order, which void_channel must therefore be right about.
         Raises UserError if a key is missing or unknown, or a shape differs; nothing is loaded then.
         """
         names = {official_name(name): name for name in self.state_dict()}

@@ -98,7 +98,7 @@ def train_segmenter(data_config: dict, steps: int, device: torch.device | str, s
 
     Returns: what `load_segmenter` reads: weights, class_names, size, steps.
     """
-    dataset = build_dataset(data_config | {"load_scale": LOAD_SCALE}, "train", seed, augment=True)
+    dataset = build_dataset(data_config | {"load_scale": LOAD_SCALE, "instances": False}, "train", seed, augment=True)
     random = torch.Generator().manual_seed(seed)
     draws = torch.randint(len(dataset), (steps * BATCH_SIZE,), generator=random).tolist()
     loader = DataLoader(dataset, BATCH_SIZE, sampler=[(index, draw) for draw, index in enumerate(draws)],
@@ -274,7 +274,7 @@ def save(state: dict, path: Path) -> None:
 
 def validate(segmenter: Segmenter, data_config: dict, device: torch.device | str) -> dict:
     """Scores on the real val split, as `metrics.segmentation_scores` gives them."""
-    dataset = build_dataset(data_config, "val")
+    dataset = build_dataset(data_config | {"instances": False}, "val")
     confusion = 0
     for images, labels in tqdm(DataLoader(dataset, BATCH_SIZE, num_workers=data_config["workers"]), leave=False):
         labels = labels.to(device).long()

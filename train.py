@@ -23,10 +23,16 @@ from checkpoint import copy_checkpoint, load_checkpoint, save_checkpoint
 from config import UserError, load_config
 from data import build_dataset, quick_check
 from distributed import from_first_process, setup_distributed
+from diffusion import Diffusion
 from gan import GAN
 from judges import PerceptualNetwork, feature_network
 from segmenter import segmenter_for
-from metrics import evaluate_generator, gan_sampler, higher_is_better, metric_names
+from metrics import evaluate_generator, higher_is_better, metric_names, sampler_for
+
+
+def build_trainer(config: dict, num_classes: int, device: torch.device) -> GAN | Diffusion:
+    """What trains the generator that the config names."""
+    return (Diffusion if config["generator"]["name"] == "sdm" else GAN)(config, num_classes, device)
 
 
 class StepSampler:
@@ -141,9 +147,9 @@ def write_samples(path: Path, trainer, dataset, count: int = 8) -> None:
     """One sheet, a column a scene: label map, real image, and below what the trainer shows of its own."""
     palette = torch.from_numpy(dataset.palette).to(trainer.device)
     pairs = [dataset[i * len(dataset) // count] for i in range(min(count, len(dataset)))]
-    real, label_map = (torch.stack(column).to(trainer.device) for column in zip(*pairs))
+    real, label_map, *instances = (torch.stack(column).to(trainer.device) for column in zip(*pairs))
     label_map = label_map.long()
-    rows = [palette[label_map].permute(0, 3, 1, 2).float() / 255, real.float() / 255, *trainer.sheet(label_map, palette)]
+    rows = [palette[label_map].permute(0, 3, 1, 2).float() / 255, real.float() / 255, *trainer.sheet(label_map, palette, *instances)]
     save_image(make_grid(torch.cat(rows).cpu(), nrow=len(pairs), padding=1), path)
 
 
@@ -154,7 +160,7 @@ def start_networks(trainer, config: dict, dataset, source: Path | None) -> tuple
         The step to start from, and batches of label maps (16, H, W) of the training split.
     """
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(config["seed"]))
-    images, maps = zip(*(dataset[i] for i in order[: config["data"]["calibration_images"]].tolist()))
+    images, maps = zip(*(dataset[i][:2] for i in order[: config["data"]["calibration_images"]].tolist()))
     maps = [batch.to(trainer.device).long() for batch in torch.stack(maps).split(16)]
     state = load_checkpoint(source or config["init_from"], trainer.device) if source or config["init_from"] else None
     if state is None:
@@ -180,7 +186,7 @@ def main(config: dict, resume: bool) -> None:
     if rank == 0:
         quick_check(dataset)
         quick_check(held_out)
-    trainer = GAN(config, dataset.num_classes, device)
+    trainer = build_trainer(config, dataset.num_classes, device)
     check_fit(config, trainer, world_size)
     first, maps = start_networks(trainer, config, dataset, source)
     if rank == 0:
@@ -198,9 +204,9 @@ def main(config: dict, resume: bool) -> None:
     recorder = Recorder(run, first, config) if rank == 0 else None
     pending, since = [], time.time()
     bar = tqdm(loader, initial=first, total=train["steps"], disable=rank != 0, unit="step", dynamic_ncols=True)
-    for step, (image, label_map) in enumerate(bar, first + 1):
-        image, label_map = (t.to(device, non_blocking=True) for t in (image, label_map))
-        pending.append((step, trainer.step(image, label_map, step - 1, list(sampler.places))))
+    for step, batch in enumerate(bar, first + 1):
+        image, label_map, *instances = (t.to(device, non_blocking=True) for t in batch)
+        pending.append((step, trainer.step(image, label_map, step - 1, list(sampler.places), *instances)))
         stopping = stop_requested(bool(stop))
         logging, evaluating = due(train["log_every"], step), due(train["eval_every"], step)
         saving = due(train["save_every"], step) or stopping
@@ -223,7 +229,7 @@ def main(config: dict, resume: bool) -> None:
         if rank == 0 and saving:
             save(run, step, config, dataset, trainer)
         if evaluating and not stopping:
-            metrics = evaluate_generator(gan_sampler(trainer.ema), held_out, config["eval"], device, cache, segmenter,
+            metrics = evaluate_generator(sampler_for(trainer.ema, config, rank == 0), held_out, config["eval"], device, cache, segmenter,
                                          rank=rank, world_size=world_size)
             if rank == 0 and recorder.evaluation(step, metrics):
                 if not saving:

@@ -139,16 +139,19 @@ class Reference:
 @pytest.mark.parametrize("instances", [False, True])
 def test_official_state_dict_gives_the_reference_output(instances: bool):
     state = official_state_dict()
-    unet = SDMUNet(**TINY, void_channel=not instances, instance_edges=instances)  # 4 label channels either way
+    void_channel = "none" if instances else "last"  # 4 label channels either way
+    unet = SDMUNet(**TINY, void_channel=void_channel, instance_edges=instances)
     unet.load_official(state)
     noisy, t = torch.randn(2, 3, 8, 16, generator=torch.Generator().manual_seed(3)), torch.tensor([0, 700])
     label_map = torch.randint(0, 3, (2, 8, 16), generator=torch.Generator().manual_seed(4))
-    last = torch.zeros(2, 8, 16, dtype=torch.bool)
+    ids, last = torch.zeros(2, 8, 16, dtype=torch.int32), torch.zeros(2, 8, 16, dtype=torch.bool)
     if instances:
-        last[:, 2:5, 3:] = True
+        ids[:, 2:5, 3:] = 26001
+        last[:, 1:6, 3:] = last[:, 2:5, 2] = True
+        last[:, 3, 4:] = False
     semantics = torch.stack([*(label_map == c for c in range(3)), last], dim=1).float()
     with torch.no_grad():
-        output = unet(noisy, t, label_map, last)
+        output = unet(noisy, t, label_map, ids)
         reference = Reference(state)(noisy, t, semantics)
         assert reference.std() > 0.1 and (reference - Reference(state)(noisy, t, 0 * semantics)).abs().max() > 0.1
     torch.testing.assert_close(output, reference, atol=1e-4, rtol=0)
@@ -178,13 +181,15 @@ def test_label_channels_by_hand():
     label_map = torch.tensor([[[0, 2], [3, 1]]])  # 3 is void
     expected = torch.tensor([[[1.0, 0], [0, 0]], [[0, 0], [0, 1]], [[0, 1], [0, 0]], [[0, 0], [1, 0]]])
     with torch.device("meta"):
-        unet, without_void = SDMUNet(**TINY), SDMUNet(**TINY, void_channel=False)
-        with_edges = SDMUNet(**TINY, instance_edges=True)
+        unet, without_void = SDMUNet(**TINY), SDMUNet(**TINY, void_channel="none")
+        with_edges, void_first = SDMUNet(**TINY, instance_edges=True), SDMUNet(**TINY, void_channel="first", instance_edges=True)
     assert torch.equal(unet.semantics(label_map)[0], expected)
     assert torch.equal(without_void.semantics(label_map)[0], expected[:3])
     assert torch.equal(with_edges.semantics(label_map)[0, 4], torch.ones(2, 2))  # every pixel has another neighbor
-    edges = torch.tensor([[[True, False], [False, False]]])
-    assert torch.equal(with_edges.semantics(label_map, edges)[0, 4], edges[0].float())
+    instances = torch.tensor([[[7, 7], [7, 7]]], dtype=torch.int32)
+    assert not with_edges.semantics(label_map, instances)[0, 4].any()
+    # The official Cityscapes channels are labelIds: 0 is void, class c is c + 1; then the edges.
+    assert torch.equal(void_first.semantics(label_map)[0], torch.cat([expected[3:], expected[:3], torch.ones(1, 2, 2)]))
     dropped = unet.semantics(label_map.expand(2, -1, -1), dropped=torch.tensor([True, False]))
     assert not dropped[0].any() and torch.equal(dropped[1], expected)
 
@@ -239,6 +244,8 @@ def test_autocast_leaves_the_output_in_float32():
 def test_sizes_that_do_not_fit_are_refused():
     with pytest.raises(UserError, match="48 .* is 48: make it a multiple of 32"):
         SDMUNet(3, base_channels=48, multipliers=(1, 2))
+    with pytest.raises(UserError, match="void_channel 'third': choose one of last, first, none"):
+        SDMUNet(**TINY, void_channel="third")
     with pytest.raises(UserError, match="head_channels 48 does not divide the 64 channels"):
         SDMUNet(**{**TINY, "head_channels": 48})
     with pytest.raises(UserError, match="multiples of 2"):
