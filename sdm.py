@@ -21,7 +21,6 @@ from torch.utils.checkpoint import checkpoint
 from config import UserError
 
 NORM_GROUPS = 32
-SPADE_CHANNELS = 128
 VOID_CHANNELS = ("last", "first", "none")
 
 # One (scale, shift) pair a SPADE, in the order in which the network meets them; each (B, channels, height, width).
@@ -108,12 +107,12 @@ class SPADE(nn.Module):
     `stride` is that of x in the image: the one-hot map is reduced to x's size by taking every stride-th pixel.
     """
 
-    def __init__(self, channels: int, label_channels: int, stride: int):
+    def __init__(self, channels: int, label_channels: int, hidden_channels: int, stride: int):
         super().__init__()
         self.stride = stride
-        self.shared = nn.Conv2d(label_channels, SPADE_CHANNELS, 3, padding=1)
-        self.gamma = nn.Conv2d(SPADE_CHANNELS, channels, 3, padding=1)
-        self.beta = nn.Conv2d(SPADE_CHANNELS, channels, 3, padding=1)
+        self.shared = nn.Conv2d(label_channels, hidden_channels, 3, padding=1)
+        self.gamma = nn.Conv2d(hidden_channels, channels, 3, padding=1)
+        self.beta = nn.Conv2d(hidden_channels, channels, 3, padding=1)
 
     def encode(self, semantics: Tensor) -> tuple[Tensor, Tensor]:
         """semantics: (B, label_channels, H, W). Returns scale and shift, each (B, channels, H / stride, W / stride)."""
@@ -132,17 +131,17 @@ class SPADE(nn.Module):
 class ResidualBlock(nn.Module):
     """Norm, SiLU, convolution, twice; the time step scales and shifts after the second norm.
 
-    With label_channels the norms are SPADEs, at `stride` before and after resampling ("up" doubles the size, "down"
-    halves it, both between the first SiLU and its convolution).
+    With label_channels the norms are SPADEs, with spade_channels hidden ones, at `stride` before and after resampling
+    ("up" doubles the size, "down" halves it, both between the first SiLU and its convolution).
     """
 
-    def __init__(self, in_channels: int, out_channels: int, time_channels: int,
-                 label_channels: int | None = None, stride: int = 1, resample: str | None = None):
+    def __init__(self, in_channels: int, out_channels: int, time_channels: int, label_channels: int | None = None,
+                 spade_channels: int = 128, stride: int = 1, resample: str | None = None):
         super().__init__()
         self.resample = resample
 
         def norm(channels: int, stride: int) -> nn.Module:
-            return GroupNorm(channels) if label_channels is None else SPADE(channels, label_channels, stride)
+            return GroupNorm(channels) if label_channels is None else SPADE(channels, label_channels, spade_channels, stride)
 
         self.norm1 = norm(in_channels, stride)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
@@ -190,6 +189,7 @@ class SDMUNet(nn.Module):
     num_res_blocks: residual blocks a level in the encoder (one more in the decoder).
     attention_strides: strides with self-attention; 8, 16, 32 are the resolutions 32, 16, 8 of a 256 x 256 image.
     head_channels: channels of one attention head.
+    spade_channels: hidden channels of every SPADE.
     void_channel: where void pixels are one-hot. "last": in a channel after the classes, as in the official ADE20K (150
         classes) and COCO-Stuff (182) models; "first": in one before them, so that channel k is labelId k, as in the
         official Cityscapes model (34); "none": they are zero in every channel (CelebAMask-HQ has no void).
@@ -202,7 +202,8 @@ class SDMUNet(nn.Module):
 
     def __init__(self, num_classes: int, base_channels: int = 256, multipliers: tuple[int, ...] = (1, 1, 2, 2, 4, 4),
                  num_res_blocks: int = 2, attention_strides: tuple[int, ...] = (8, 16, 32), head_channels: int = 64,
-                 void_channel: str = "last", instance_edges: bool = False, checkpointing: bool = False):
+                 spade_channels: int = 128, void_channel: str = "last", instance_edges: bool = False,
+                 checkpointing: bool = False):
         super().__init__()
         self.num_classes, self.base_channels = num_classes, base_channels
         self.void_channel, self.instance_edges, self.checkpointing = void_channel, instance_edges, checkpointing
@@ -227,7 +228,8 @@ class SDMUNet(nn.Module):
             return [SelfAttention(widths[level], head_channels)] if 2**level in attention_strides else []
 
         def conditional(in_channels: int, out_channels: int, level: int, resample: str | None = None) -> ResidualBlock:
-            return ResidualBlock(in_channels, out_channels, time_channels, self.label_channels, 2**level, resample)
+            return ResidualBlock(in_channels, out_channels, time_channels, self.label_channels, spade_channels, 2**level,
+                                 resample)
 
         # Each stage is a list of layers run in turn; the decoder's stage i takes the encoder's stage -1 - i beside it.
         channels = widths[0]
