@@ -14,7 +14,6 @@ from conftest import TINY, error_line
 from PIL import Image
 
 import data
-import losses
 import oasis
 import scenes
 from config import check_config
