@@ -13,8 +13,12 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
-from config import UserError, check_config
+import oasis
+from config import UserError, check_config, load_config
 from gan import build_network
+from labels import label_format
+
+OFFICIAL_LOADERS = {oasis.OASISGenerator: oasis.load_official}  # generator class -> (network, state dict, file name)
 
 
 def save_checkpoint(state: dict, path: Path) -> None:
@@ -62,17 +66,45 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dic
         state = torch.load(path, map_location=device, weights_only=True)
     except (zipfile.BadZipFile, RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, OSError) as error:
         others = sorted((p for p in path.parent.glob("*.pt") if p != path), key=lambda p: p.stat().st_mtime)
-        remedy = f"try {others[-1]}" if others else "there is no other beside it"
+        remedy = f"try {others[-1]}" if others else "an official checkpoint needs --config"
         raise UserError(f"{path}: cut short, altered or not a checkpoint ({str(error).splitlines()[0]}); {remedy}") from error
     if not isinstance(state, dict) or not {"config", "class_names", "palette", "step", "ema"} <= set(state):
-        raise UserError(f"{path}: not a checkpoint of this project; give one that train.py wrote")
+        raise UserError(f"{path}: not a checkpoint of this project; give one that train.py wrote, or --config with an "
+                        f"official one")
     return state
 
 
-def load_generator(path: str | Path, device: str | torch.device = "cpu") -> tuple[nn.Module, dict]:
-    """The generator (its moving average) in eval mode, and the checkpoint it came from; see `load_checkpoint`."""
-    state = load_checkpoint(path, device)
-    state["config"] = check_config(state["config"], str(path))
+def load_generator(path: str | Path, device: str | torch.device = "cpu",
+                   config_path: str | Path | None = None) -> tuple[nn.Module, dict]:
+    """The generator (its moving average) in eval mode, and the checkpoint it came from; see `load_checkpoint`.
+
+    With `config_path`, `path` is a state dict of an official code, which carries no configuration; class names and
+    palette are the data set's then, and the step is 0.
+    """
+    if config_path:
+        config = load_config(config_path)
+        form = label_format(config["data"])
+        state = {"config": config, "class_names": form.class_names, "palette": form.palette.tolist(), "step": 0}
+    else:
+        state = load_checkpoint(path, device)
+        state["config"] = check_config(state["config"], str(path))
     generator = build_network("generator", state["config"], len(state["class_names"]))
-    generator.load_state_dict(state["ema"])
+    if config_path:
+        if type(generator) not in OFFICIAL_LOADERS:
+            raise UserError(f"{config_path}: generator.name is {state['config']['generator']['name']}, whose checkpoints "
+                            f"carry their configuration; leave --config out, or name that of an official checkpoint")
+        OFFICIAL_LOADERS[type(generator)](generator, read_official(path), str(path))
+    else:
+        generator.load_state_dict(state["ema"])
     return generator.to(device, memory_format=torch.channels_last).eval().requires_grad_(False), state
+
+
+def read_official(path: str | Path) -> dict:
+    """The tensors of an official checkpoint, by name, read without unpickling objects. Raises UserError."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError, OSError) as error:
+        raise UserError(f"{path}: cannot be read as a state dict ({str(error).splitlines()[0]}); fetch it again") from error
+    if not isinstance(state, dict) or not state or not all(isinstance(t, torch.Tensor) for t in state.values()):
+        raise UserError(f"{path}: not a state dict; --config goes with official checkpoints, those of train.py carry theirs")
+    return state

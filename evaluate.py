@@ -1,6 +1,6 @@
 """Metrics of a model, or of images made by any system; EVALUATION.md is the protocol.
 
-    python evaluate.py --checkpoint runs/scenes/checkpoints/latest.pt [--split val] [--out metrics.json] [key.path=value ...]
+    python evaluate.py --checkpoint runs/scenes/checkpoints/latest.pt [--config FILE] [--split val] [--out metrics.json] [key.path=value ...]
     python evaluate.py --images DIR --labels DIR --real DIR --config FILE [--out metrics.json] [key.path=value ...]
 
 Prints a table and writes JSON that says what was measured. `torchrun --nproc_per_node N evaluate.py ...` shares the images
@@ -134,7 +134,7 @@ def write_json(metrics: dict, path: Path) -> None:
 def prepare(args: argparse.Namespace, device: torch.device, rank: int = 0):
     """(generate, data set, config, cache folder, what the result says of its source). Raises UserError."""
     if args.checkpoint:
-        generator, state = load_generator(args.checkpoint, device)
+        generator, state = load_generator(args.checkpoint, device, args.config)
         config = check_config(apply_overrides(state["config"], args.overrides), str(args.checkpoint))
         dataset = build_dataset(config["data"], args.split)
         if list(dataset.class_names) != list(state["class_names"]):
@@ -162,12 +162,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--images", type=Path, help="generated images")
     parser.add_argument("--labels", type=Path, help="the label maps they were made from")
     parser.add_argument("--real", type=Path, help="the real images of those label maps")
-    parser.add_argument("--config", type=Path, help="data set and eval settings for --images")
+    parser.add_argument("--config", type=Path, help="data set and eval settings for --images, or of an official checkpoint")
     parser.add_argument("--out", type=Path, default=Path("metrics.json"))
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
     args = parser.parse_intermixed_args()
-    folders = (args.images, args.labels, args.real, args.config)
-    if bool(args.checkpoint) == any(folders) or not args.checkpoint and not all(folders):
+    folders = (args.images, args.labels, args.real)
+    if bool(args.checkpoint) == any(folders) or not args.checkpoint and not all((*folders, args.config)):
         raise UserError("give either --checkpoint, or all of --images, --labels, --real and --config")
     return args
 

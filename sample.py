@@ -1,9 +1,10 @@
 """Label maps to images: python sample.py --labels DIR [--checkpoint FILE] [--out DIR] [--num K] [--seed S] [--grid]
-                                      [--resample CLASS] [--interpolate N]
+                                      [--resample CLASS] [--interpolate N] [--config FILE] [--noise image|class|pixel]
 
 DIR holds label maps as PNG: class ids as the data set that the model was trained on spells them (8-bit L or P), or RGB
 in the model's palette. They may have any size and are resized (nearest) to the size the model was trained at, which is
-the size of the images. An image depends on its label map, its name and the seed alone.
+the size of the images. An image depends on its label map, its name and the seed alone. An official checkpoint of OASIS carries no
+configuration: name one with --config.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from config import UserError
 from labels import colorize, label_format, read_label_file
 from gan import noise
 from metrics import to_uint8
+from oasis import OASISGenerator
 
 
 def newest_checkpoint() -> Path:
@@ -58,33 +60,44 @@ def read_label_map(path: Path, state: dict) -> torch.Tensor:
     return torch.from_numpy(np.array(label)).long()
 
 
-def plan_noise(stem: str, z_dim: int, arguments: argparse.Namespace, device) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Noise z (N, z_dim) of the N images of one label map, and that of the resampled region (N, z_dim) or None.
+def plan_noise(stem: str, label_map: torch.Tensor, network, arguments: argparse.Namespace, resampled: int | None) -> list[dict]:
+    """The noise arguments of the network for each image of one label map (H, W).
 
     Sample k of a name has noise (seed, name, k). Resampling keeps sample 0 and takes the region's noise from another
-    stream; interpolation goes on the sphere from sample 0 to sample 1.
+    stream; interpolation goes on the sphere from sample 0 to sample 1; noise for each class or pixel has streams too.
     """
-    key = (arguments.seed, zlib.crc32(stem.encode()))
-    draw = lambda stream, count: noise([(*key, k, stream) for k in range(count)], z_dim, device)
-    if arguments.resample:
-        return draw(0, 1).expand(arguments.num, -1), draw(1, arguments.num)
+    key, device = (arguments.seed, zlib.crc32(stem.encode())), label_map.device
+    draw = lambda k, stream, rows=1: noise([(*key, k, stream)], rows * network.z_dim, device).view(rows, -1)
+    if resampled is not None:
+        region = (label_map == resampled)[None]
+        return [{"z": draw(0, 0), "z2": draw(k, 1), "region": region} for k in range(arguments.num)]
+    if arguments.noise == "class":
+        return [{"z": draw(k, 2, network.num_classes + 1), "noise_ids": label_map[None]} for k in range(arguments.num)]
+    if arguments.noise == "pixel":
+        ids = torch.arange(label_map.numel(), device=device).view_as(label_map)[None]
+        return [{"z": draw(k, 3, ids.numel()), "noise_ids": ids} for k in range(arguments.num)]
     if not arguments.interpolate:
-        return draw(0, arguments.num), None
-    start, end = draw(0, 2)
-    angle = torch.acos(torch.cosine_similarity(start, end, dim=0))
-    t = torch.linspace(0, 1, arguments.interpolate, device=device)[:, None]
-    return (torch.sin((1 - t) * angle) * start + torch.sin(t * angle) * end) / torch.sin(angle), None
+        return [{"z": draw(k, 0)} for k in range(arguments.num)]
+    start, end = draw(0, 0), draw(1, 0)
+    angle = torch.acos(torch.cosine_similarity(start, end))
+    return [{"z": (torch.sin((1 - t) * angle) * start + torch.sin(t * angle) * end) / torch.sin(angle)}
+            for t in torch.linspace(0, 1, arguments.interpolate, device=device)]
 
 
 @torch.no_grad()
 def main(arguments: argparse.Namespace) -> None:
     if arguments.num < 1 or arguments.interpolate == 1 or arguments.interpolate < 0 or arguments.seed < 0:
         raise UserError("--num takes at least 1, --interpolate at least 2, --seed at least 0")
-    if bool(arguments.resample) + bool(arguments.interpolate) + (arguments.num > 1 and bool(arguments.interpolate)) > 1:
-        raise UserError("--interpolate goes with neither --resample nor --num")
+    if bool(arguments.resample) + bool(arguments.interpolate) + (arguments.noise != "image") > 1:
+        raise UserError("choose one of --resample, --interpolate and --noise")
+    if arguments.interpolate and arguments.num > 1:
+        raise UserError("--interpolate does not go with --num")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     paths = find_label_maps(arguments.labels)
-    generator, state = load_generator(arguments.checkpoint or newest_checkpoint(), device)
+    generator, state = load_generator(arguments.checkpoint or newest_checkpoint(), device, arguments.config)
+    if arguments.noise != "image" and not isinstance(generator, OASISGenerator):
+        raise UserError(f"--noise {arguments.noise}: OASIS alone has it; this model's generator is "
+                        f"{state['config']['generator']['name']}")
     chosen_class = find_class(arguments.resample, state["class_names"]) if arguments.resample else None
     count = arguments.interpolate or arguments.num
     names = {path: [f"{path.stem}.png"] if count == 1 else [f"{path.stem}_{k}.png" for k in range(count)] for path in paths}
@@ -102,12 +115,10 @@ def main(arguments: argparse.Namespace) -> None:
         for path, following in zip(tqdm(paths, unit="map"), [*paths[1:], None]):
             label_map = upcoming.result().to(device)
             upcoming = pool.submit(read_label_map, following, state) if following else None
-            z, z2 = plan_noise(path.stem, generator.z_dim, arguments, device)
-            region = None if z2 is None else (label_map == chosen_class)
             images = []
-            for k in range(count):  # one at a time, so that no image depends on its batch
-                extra = () if z2 is None else (z2[k : k + 1], region[None])
-                image = to_uint8(generator(label_map[None], z[k : k + 1], *extra))[0].permute(1, 2, 0).cpu().numpy()
+            for k, given in enumerate(plan_noise(path.stem, label_map, generator, arguments, chosen_class)):
+                # one at a time, so that no image depends on its batch
+                image = to_uint8(generator(label_map[None], **given))[0].permute(1, 2, 0).cpu().numpy()
                 images.append(image)
                 written.append(pool.submit(Image.fromarray(image).save, arguments.out / names[path][k]))
             if arguments.grid:
@@ -131,6 +142,9 @@ if __name__ == "__main__":
     parser.add_argument("--grid", action="store_true", help="write grid.png too: a row a label map, its colors and samples")
     parser.add_argument("--resample", metavar="CLASS", help="redraw only what this class shows; the rest is as without it")
     parser.add_argument("--interpolate", type=int, default=0, metavar="N", help="N images from one noise to another")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="configuration of an official checkpoint")
+    parser.add_argument("--noise", choices=("image", "class", "pixel"), default="image",
+                        help="OASIS: one noise vector for the image, for each class in it, or for each pixel")
     try:
         main(parser.parse_args())
     except UserError as error:

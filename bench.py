@@ -1,0 +1,229 @@
+"""What training and sampling cost on this machine.
+
+    python bench.py [--config FILE] [--out FILE] [key.path=value ...]    a training step part by part, sampling
+    python bench.py --cost [--out FILE]                                  DP-SIMS, OASIS and SDM at published size
+
+Networks have random weights, which cost the same. Everything is timed on the device that training would use, bf16 on a
+GPU and float32 on a CPU (OMP_NUM_THREADS sets its threads). FLOPs are torch's count: a multiplication and an addition
+are two; lookups and element-wise work count nothing. The peak that a share refers to is that of a matrix product of
+4096 x 4096 (2048 x 2048 on a CPU) measured here in the same precision.
+"""
+
+import argparse
+import contextlib
+import json
+import multiprocessing
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
+
+import scenes
+from config import UserError, load_config
+from data import build_dataset
+from gan import GAN, build_network
+from labels import label_format
+from train import StepSampler, peak_memory
+
+COST_CONFIGS = {"DP-SIMS": "configs/ade20k.yaml", "OASIS": "configs/oasis_ade20k.yaml"}
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds(call, device: torch.device, repeat: int = 5, warm_up: int = 2) -> float:
+    """Median time of `call()`."""
+    times = []
+    for i in range(warm_up + repeat):
+        synchronize(device)
+        start = time.perf_counter()
+        call()
+        synchronize(device)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[warm_up:])
+
+
+def matrix_peak(device: torch.device) -> float:
+    """FLOP/s of a large matrix product in the precision of training."""
+    n, dtype = (4096, torch.bfloat16) if device.type == "cuda" else (2048, torch.float32)
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    return 2 * n ** 3 / seconds(lambda: a @ a, device)
+
+
+def flops(call) -> int:
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+class PartTimer:
+    """Adds up the time of named parts of a step; parts do not nest."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.parts, self.start = device, {}, 0.0
+
+    def begin(self, *_) -> None:
+        synchronize(self.device)
+        self.start = time.perf_counter()
+
+    def end(self, name: str) -> None:
+        synchronize(self.device)
+        self.parts[name] = self.parts.get(name, 0.0) + time.perf_counter() - self.start
+
+    @contextlib.contextmanager
+    def attached(self, gan: GAN):
+        """Times the forward passes, backward passes and optimisers of every step within."""
+        handles, backward = [], torch.Tensor.backward
+        for name in ("generator", "backbone", "discriminator"):
+            network = getattr(gan, name)
+            if network is not None:
+                handles += [network.register_forward_pre_hook(self.begin),
+                            network.register_forward_hook(lambda *_, name=name: self.end(f"{name} forward"))]
+        for name in ("g_optimizer", "d_optimizer"):
+            optimizer = getattr(gan, name)
+            handles += [optimizer.register_step_pre_hook(self.begin),
+                        optimizer.register_step_post_hook(lambda *_: self.end("optimizers"))]
+
+        def timed(tensor, *args, inputs=None, **kwargs):
+            self.begin()
+            backward(tensor, *args, inputs=inputs, **kwargs)
+            self.end("generator loss backward" if inputs is gan.g_parameters else "discriminator loss backward")
+
+        with mock.patch.object(torch.Tensor, "backward", timed):
+            yield
+        for handle in handles:
+            handle.remove()
+
+
+def bench_training(config: dict, device: torch.device, steps: int) -> dict:
+    """Time of a step and its parts, FLOPs, memory; over `steps` steps after 2, from the real loader."""
+    dataset = build_dataset(config["data"], "train", config["seed"], augment=True)
+    size = config["train"]["batch_size"]
+    gan = GAN(config, dataset.num_classes, device)
+    sampler = StepSampler(len(dataset), size, range(2 * steps + 3), config["seed"], 0, 1)
+    batches = iter(DataLoader(dataset, batch_sampler=sampler, num_workers=config["data"]["workers"],
+                              pin_memory=device.type == "cuda"))
+    places, step = list(range(size)), 0
+
+    def one() -> None:
+        nonlocal step
+        image, label_map = (t.to(device, non_blocking=True) for t in next(batches))
+        gan.step(image, label_map, step, places)
+        step += 1
+
+    one()
+    count = flops(lambda: (one(), one())) // 2  # one with the diversity pair, one without
+    whole = statistics.fmean(seconds(one, device, repeat=1, warm_up=0) for _ in range(steps))
+    timer = PartTimer(device)
+    with timer.attached(gan):
+        start = time.perf_counter()
+        for _ in range(steps):
+            timer.begin()
+            batch = next(batches)
+            timer.end("data wait")
+            gan.step(*(t.to(device) for t in batch), step, places)
+            step += 1
+        synchronize(device)
+        timed = time.perf_counter() - start
+    parts = {name: value / timed for name, value in timer.parts.items()}
+    parts["losses, EMA and the rest"] = 1 - sum(parts.values())
+    return {"batch_size": size, "seconds_per_step": whole, "images_per_second": size / whole, "share_of_step": parts,
+            "flops_per_step": count, "flops_per_second": count / whole, "peak_memory_gib": peak_memory(device),
+            "parameters": {name: count_parameters(getattr(gan, name)) for name in ("generator", "discriminator")}}
+
+
+def count_parameters(network: torch.nn.Module) -> int:
+    return sum(p.numel() for p in network.parameters())
+
+
+def drawn_maps(count: int, num_classes: int, size, device: torch.device) -> torch.Tensor:
+    """Label maps (count, H, W) as a data set has them: rendered scenes, each of their classes given one at random."""
+    rng = np.random.default_rng(0)
+    maps = []
+    for i in range(count):
+        names = rng.choice(num_classes + 1, len(scenes.CLASSES) + 1, replace=num_classes < len(scenes.CLASSES))
+        maps.append(names[scenes.render("val", i, tuple(size))[1]])
+    return torch.from_numpy(np.stack(maps)).to(device)
+
+
+@torch.no_grad()
+def bench_sampling(config: dict, device: torch.device, batches=(1, 2, 4, 8, 16)) -> dict:
+    """Latency at batch 1, the best throughput over `batches`, FLOPs an image."""
+    form, size = label_format(config["data"]), config["data"]["size"]
+    generator = build_network("generator", config, form.num_classes).eval()
+    generator = generator.to(device, memory_format=torch.channels_last)
+    times = {}
+    for batch in batches:
+        maps, z = drawn_maps(batch, form.num_classes, size, device), torch.randn(batch, generator.z_dim, device=device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            times[batch] = seconds(lambda: generator(maps, z), device, repeat=3, warm_up=1)
+    count = flops(lambda: generator(maps[:1], z[:1]))
+    best = max(times, key=lambda batch: batch / times[batch])
+    return {"latency_seconds": times[1], "images_per_second": best / times[best], "at_batch": best, "flops_per_image": count,
+            "parameters": count_parameters(generator), "peak_memory_gib": peak_memory(device)}
+
+
+def measure_cost(system: str) -> dict:
+    """A line of the cost table: one image at batch 1; run in a process of its own, for its memory."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return bench_sampling(load_config(Path(__file__).parent / COST_CONFIGS[system]), device, batches=(1,))
+
+
+def cost_table() -> dict:
+    context = multiprocessing.get_context("spawn")
+    rows = {}
+    for system in COST_CONFIGS:
+        with context.Pool(1) as pool:
+            rows[system] = pool.apply(measure_cost, (system,))
+    base = rows["DP-SIMS"]
+    print(f"{'':10}{'parameters':>14}{'TFLOP/image':>14}{'s/image':>12}{'GiB':>8}{'FLOPs':>10}{'time':>10}{'memory':>10}")
+    for system, row in rows.items():
+        ratio = [row[key] / base[key] for key in ("flops_per_image", "latency_seconds", "peak_memory_gib")]
+        print(f"{system:10}{row['parameters'] / 1e6:>12.1f} M{row['flops_per_image'] / 1e12:>14.3f}"
+              f"{row['latency_seconds']:>12.2f}{row['peak_memory_gib']:>8.2f}" + "".join(f"{r:>9.2f}x" for r in ratio))
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, default=Path(__file__).parent / "config.yaml")
+    parser.add_argument("--cost", action="store_true", help="the three systems at published size")
+    parser.add_argument("--steps", type=int, default=10, help="training steps that are timed")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="JSON")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value")
+    args = parser.parse_intermixed_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if args.cost:
+        result = cost_table()
+    else:
+        config, peak = load_config(args.config, args.overrides), matrix_peak(device)
+        sampling, training = bench_sampling(config, device), bench_training(config, device, args.steps)
+        result = {"training": training, "sampling": sampling, "matrix_product_flops_per_second": peak}
+        print(f"training, batch {training['batch_size']}: {training['seconds_per_step']:.3f} s a step, "
+              f"{training['images_per_second']:.1f} images/s, {training['flops_per_step'] / 1e9:.1f} GFLOP a step, "
+              f"{training['flops_per_second'] / peak:.0%} of a matrix product's speed, {training['peak_memory_gib']:.2f} GiB")
+        for name, share in training["share_of_step"].items():
+            print(f"    {name:30}{share:>6.1%}")
+        print(f"sampling: {sampling['latency_seconds'] * 1e3:.1f} ms at batch 1; {sampling['images_per_second']:.1f} images/s "
+              f"at batch {sampling['at_batch']}; {sampling['flops_per_image'] / 1e9:.2f} GFLOP an image, "
+              f"{sampling['flops_per_image'] * sampling['images_per_second'] / peak:.0%} of a matrix product's speed")
+    result["machine"] = {"device": torch.cuda.get_device_name() if device.type == "cuda" else platform.machine(),
+                         "threads": torch.get_num_threads(), "torch": torch.__version__}
+    if args.out:
+        args.out.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")

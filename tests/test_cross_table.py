@@ -1,0 +1,150 @@
+"""OASIS in the harness: every generator with every discriminator, the official training step, official checkpoints."""
+
+import copy
+import itertools
+import json
+from zlib import crc32
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from conftest import TINY, error_line
+from PIL import Image
+
+import data
+import oasis
+import scenes
+from config import check_config
+from gan import GAN, noise
+
+GENERATORS = {"dp_sims": TINY["generator"], "oasis": {"name": "oasis", "channels": 2, "z_dim": 8}}
+DISCRIMINATORS = {"backbone": TINY["discriminator"], "oasis": {"name": "oasis", "channels": 2}}
+OASIS = {**TINY, "data": {**TINY["data"], "size": [64, 64]}, "generator": GENERATORS["oasis"],
+         "discriminator": DISCRIMINATORS["oasis"],
+         "loss": {"focal_gamma": 0.0, "class_balancing": 1.0, "labelmix": 10.0, "contrastive": 0, "diversity": 0},
+         "train": {**TINY["train"], "fresh_fakes": True, "betas": [0.0, 0.999]}}
+
+
+def batch(config):
+    dataset = data.build_dataset(config["data"], "train")
+    return dataset, *(torch.stack(column) for column in zip(*(dataset[i] for i in range(2))))
+
+
+@pytest.mark.parametrize("generator", GENERATORS)
+@pytest.mark.parametrize("discriminator", DISCRIMINATORS)
+@pytest.mark.parametrize("labelmix, fresh", [(0.0, False), (10.0, False), (10.0, True)])
+def test_every_combination_trains(generator, discriminator, labelmix, fresh):
+    config = check_config({**OASIS, "generator": GENERATORS[generator], "discriminator": DISCRIMINATORS[discriminator],
+                           "loss": {"labelmix": labelmix}, "train": {"fresh_fakes": fresh}}, "tiny")
+    dataset, image, label_map = batch(config)
+    gan = GAN(config, dataset.num_classes, torch.device("cpu"))
+    gan.calibrate([image.float() / 127.5 - 1])
+    before = copy.deepcopy([list(gan.generator.parameters()), list(gan.discriminator.parameters())])
+    values = gan.step(image, label_map, 0, [0, 1])
+    assert ("d_labelmix" in values) == bool(labelmix) and all(torch.isfinite(v) for v in values.values())
+    for old, network in zip(before, (gan.generator, gan.discriminator)):
+        assert all(not torch.equal(a, b) for a, b in zip(old, network.parameters()) if b.grad.abs().max() > 0)
+    gan.refresh([label_map.long()])
+    assert [row.shape for row in gan.sheet(label_map.long(), torch.from_numpy(dataset.palette))] == [(2, 3, 64, 64)] * 6
+
+
+def test_fresh_fakes_is_the_published_step():
+    """G's update, then D's on fakes of the new G, as written out here with plain autograd and torch's own cross-entropy."""
+    config = check_config(OASIS, "tiny")
+    dataset, image, label_map = batch(config)
+    classes, labels, real = dataset.num_classes, label_map.long(), image.float() / 127.5 - 1
+    gan = GAN(config, classes, torch.device("cpu"))
+    g, d = copy.deepcopy(gan.generator), copy.deepcopy(gan.discriminator)
+    g_optimizer = torch.optim.Adam(g.parameters(), lr=4e-4, betas=(0.0, 0.999))
+    d_optimizer = torch.optim.Adam(d.parameters(), lr=4e-4, betas=(0.0, 0.999))
+    values = gan.step(image, label_map, 0, [0, 1])
+
+    z = [noise([(0, 0, s, stream) for s in (0, 1)], 8, "cpu") for stream in (0, 3)]
+    count = torch.bincount(labels.flatten(), minlength=classes + 1)[:classes].float()
+    weights = torch.where(count > 0, labels.numel() / (count.clamp(1) * (count > 0).sum()), 0)
+    balanced = lambda logits: (F.cross_entropy(logits, labels, F.pad(weights, (0, 2)), reduction="none")).mean()
+    g_loss = balanced(d(g(labels, z[0])))
+    g_loss.backward()
+    g_optimizer.step()
+    d_optimizer.zero_grad()
+    with torch.no_grad():
+        fake = g(labels, z[1])
+    fake_logits, real_logits = d(fake), d(real)
+    mask = oasis.labelmix_mask(labels, classes, torch.Generator().manual_seed(hash((0, 0, 1)) % 2 ** 63))
+    mixed = d(mask * real + ~mask * fake)
+    consistency = (mixed - (mask * real_logits + ~mask * fake_logits)).square().mean()
+    d_fake = F.cross_entropy(fake_logits, torch.full_like(labels, classes + 1))
+    (balanced(real_logits) + d_fake + 10 * consistency).backward()
+    d_optimizer.step()
+
+    assert torch.isclose(values["g_pixel"], g_loss, rtol=1e-5) and torch.isclose(values["d_fake"], d_fake, rtol=1e-4)
+    assert torch.isclose(values["d_labelmix"], consistency, rtol=1e-3)
+    for ours, plain in ((gan.generator, g), (gan.discriminator, d)):
+        for (name, a), b in zip(ours.named_parameters(), plain.parameters()):
+            if b.grad.abs().max() > 1e-6:  # Adam's first step is the sign of the gradient, rounding alone decides below
+                close = torch.isclose(a.grad, b.grad, rtol=1e-2, atol=1e-3 * b.grad.abs().max().item())
+                assert close.float().mean() > 0.99, name
+
+
+def test_trains_resumes_and_is_evaluated(train, tmp_path, run):
+    file = tmp_path / "oasis.yaml"
+    file.write_text(yaml.safe_dump({**OASIS, "eval": {**TINY["eval"], "diversity_samples": 0}}))
+    train(file, "name=whole")
+    train(file, "name=parts", "train.steps=2")
+    train(file, "name=parts", resume=True)
+    whole, parts = (torch.load(f"runs/{name}/checkpoints/latest.pt", weights_only=True) for name in ("whole", "parts"))
+    assert whole["step"] == 4
+    for kind in ("generator", "ema", "discriminator"):
+        assert all(torch.equal(value, parts[kind][name]) for name, value in whole[kind].items()), kind
+    moved = [value for name, value in whole["ema"].items() if name.endswith("running_mean")]
+    assert moved and all(value.abs().max() > 0 for value in moved)  # measured for the averaged weights
+    done = run("evaluate.py", "--checkpoint", "runs/whole/checkpoints/latest.pt")
+    assert done.returncode == 0, done.stderr
+    written = json.loads((tmp_path / "metrics.json").read_text())
+    logged = json.loads((tmp_path / "runs/whole/metrics.jsonl").read_text())
+    assert np.isclose(written["miou"], logged["miou"])
+
+
+@pytest.fixture
+def official(tmp_path):
+    """A file like the official best_EMA.pth with random weights, its configuration, and two label maps."""
+    torch.manual_seed(1)
+    network = oasis.OASISGenerator(12, 64, 64, channels=2, z_dim=8)
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    reorder = lambda name, t: torch.cat([t[:, :8], t[:, 8:].roll(1, 1)], 1) if t.ndim == 4 and t.shape[1] == 21 else t
+    torch.save({oasis._official_name(name, network): reorder(name, value) for name, value in network.state_dict().items()},
+               tmp_path / "best_EMA.pth", _use_new_zipfile_serialization=False)
+    (tmp_path / "oasis.yaml").write_text(yaml.safe_dump(OASIS))
+    (tmp_path / "labels").mkdir()
+    for i in range(2):
+        Image.fromarray(scenes.render("val", i, (64, 64))[1]).save(tmp_path / "labels" / f"map{i}.png")
+    return network.eval()
+
+
+def test_sample_reads_official_checkpoints(run, official, tmp_path):
+    line = error_line(run("sample.py", "--labels", "labels", "--checkpoint", "best_EMA.pth"))
+    assert "best_EMA.pth" in line and "--config" in line
+    (tmp_path / "dp_sims.yaml").write_text(yaml.safe_dump(TINY))
+    line = error_line(run("sample.py", "--labels", "labels", "--checkpoint", "best_EMA.pth", "--config", "dp_sims.yaml"))
+    assert "dp_sims" in line and "--config" in line
+    base = ["--labels", "labels", "--checkpoint", "best_EMA.pth", "--config", "oasis.yaml"]
+    for kind in ("image", "class", "pixel"):
+        done = run("sample.py", *base, "--noise", kind, "--out", kind)
+        assert done.returncode == 0, done.stderr
+    images = {kind: np.asarray(Image.open(tmp_path / kind / "map0.png")).astype(int) for kind in ("image", "class", "pixel")}
+    assert all((images[a] != images[b]).any() for a, b in itertools.combinations(images, 2))
+    label = torch.from_numpy(np.asarray(Image.open(tmp_path / "labels/map0.png"))).long()[None]
+    with torch.no_grad():
+        expected = official(label, noise([(0, crc32(b"map0"), 0, 0)], 8, "cpu"))[0]
+    assert np.abs(images["image"] - ((expected + 1) * 127.5).permute(1, 2, 0).numpy()).max() <= 0.51
+    done = run("sample.py", *base, "--resample", scenes.CLASSES[0][0], "--out", "resampled")
+    assert done.returncode == 0, done.stderr
+
+
+def test_size_that_oasis_cannot_take_is_one_line(run, tmp_path):
+    (tmp_path / "oasis.yaml").write_text(yaml.safe_dump({**OASIS, "data": {**OASIS["data"], "size": [48, 64]}}))
+    line = error_line(run("train.py", "--config", "oasis.yaml"))
+    assert "48" in line and "multiples of 32" in line
