@@ -17,8 +17,10 @@ import oasis
 from config import UserError, check_config, load_config
 from gan import build_network
 from labels import label_format
+from sdm import SDMUNet
 
-OFFICIAL_LOADERS = {oasis.OASISGenerator: oasis.load_official}  # generator class -> (network, state dict, file name)
+# generator class -> (network, state dict, file name)
+OFFICIAL_LOADERS = {oasis.OASISGenerator: oasis.load_official, SDMUNet: SDMUNet.load_official}
 
 
 def save_checkpoint(state: dict, path: Path) -> None:

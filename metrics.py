@@ -284,8 +284,9 @@ def evaluate_generator(generate, dataset: Dataset, eval_config: dict, device: to
 
     Args:
         generate: (label_map int64 (B, H, W) on the device, sample_seeds list of B ints, k) -> uint8 (B, 3, H, W):
-            the k-th sample of each map. Where the data set has instance maps they are a fourth argument. Its noise may depend on sample_seeds[i] and k alone; sample_seeds[i] is
-            made from `seed` and the index of the image in the data set.
+            the k-th sample of each map. Its noise may depend on sample_seeds[i] and k alone; sample_seeds[i] is
+            made from `seed` and the index of the image in the data set. Where the data set has instance maps, they
+            are a fourth argument.
         dataset: of `data.build_dataset`.
         eval_config: the config's `eval` section.
         cache_dir: keeps what the real images give, under a key of their files, size, network and segmenter.

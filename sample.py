@@ -1,15 +1,21 @@
 """Label maps to images: python sample.py --labels DIR [--checkpoint FILE] [--out DIR] [--num K] [--seed S] [--grid]
                                       [--resample CLASS] [--interpolate N] [--config FILE] [--noise image|class|pixel]
+                                      [--steps N] [--guidance S] [--instances DIR]
 
 DIR holds label maps as PNG: class ids as the data set that the model was trained on spells them (8-bit L or P), or RGB
 in the model's palette. They may have any size and are resized (nearest) to the size the model was trained at, which is
-the size of the images. An image depends on its label map, its name and the seed alone. An official checkpoint of OASIS carries no
-configuration: name one with --config.
+the size of the images. An image depends on its label map, its name and the seed alone. An official checkpoint of OASIS
+or SDM carries no configuration: name one with --config.
+
+SDM's images take --steps (default: the model's configuration), and its models of Cityscapes the edges of instance maps:
+--instances names a folder with files of the same names (or _instanceIds for _labelIds). Without it the label map's own
+edges are used, so that touching things of one class are not told apart; models of CelebAMask-HQ want just that.
 """
 
 import argparse
 import sys
 import zlib
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,11 +25,13 @@ from PIL import Image
 from tqdm import tqdm
 
 from checkpoint import load_generator
-from config import UserError
+from config import UserError, apply_overrides, check_config
+from data import read_instance_map
 from labels import colorize, label_format, read_label_file
 from gan import noise
-from metrics import to_uint8
+from metrics import sample_seed, sampler_for, to_uint8
 from oasis import OASISGenerator
+from sdm import SDMUNet
 
 
 def newest_checkpoint() -> Path:
@@ -51,13 +59,17 @@ def find_class(name: str, class_names: list[str]) -> int:
     raise UserError(f"--resample {name}: no such class; the model has {', '.join(class_names)}")
 
 
-def read_label_map(path: Path, state: dict) -> torch.Tensor:
-    """Label file -> int64 (H, W) in 0..C at the model's size."""
+def read_maps(path: Path, state: dict, instances: Path | None) -> list[torch.Tensor]:
+    """Label file -> int64 (H, W) in 0..C at the model's size; and of its namesake in `instances`, if given, int32 ids."""
     height, width = state["config"]["data"]["size"]
     form = label_format(state["config"]["data"])
     label = read_label_file(path, len(state["class_names"]), state["palette"], ids=form.ids)
     label = Image.fromarray(label).resize((width, height), Image.Resampling.NEAREST)
-    return torch.from_numpy(np.array(label)).long()
+    maps = [torch.from_numpy(np.array(label)).long()]
+    if instances:
+        name = path.name.replace("_labelIds", "_instanceIds")
+        maps.append(torch.from_numpy(read_instance_map(instances / name, (height, width))))
+    return maps
 
 
 def plan_noise(stem: str, label_map: torch.Tensor, network, arguments: argparse.Namespace, resampled: int | None) -> list[dict]:
@@ -84,6 +96,41 @@ def plan_noise(stem: str, label_map: torch.Tensor, network, arguments: argparse.
             for t in torch.linspace(0, 1, arguments.interpolate, device=device)]
 
 
+def check_options(generator, config: dict, arguments: argparse.Namespace) -> dict:
+    """The configuration with what the options change of it. Raises UserError for options that this model does not have."""
+    name = config["generator"]["name"]
+    if arguments.noise != "image" and not isinstance(generator, OASISGenerator):
+        raise UserError(f"--noise {arguments.noise}: OASIS alone has it; this model's generator is {name}")
+    changes = {"steps": arguments.steps, "guidance": arguments.guidance}
+    changes = {key: value for key, value in changes.items() if value is not None}
+    if not isinstance(generator, SDMUNet):
+        if changes or arguments.instances:
+            raise UserError(f"--{next(iter(changes), 'instances')}: diffusion models alone have it; this model's generator "
+                            f"is {name}")
+        return config
+    for option in ("resample", "interpolate"):
+        if getattr(arguments, option):
+            raise UserError(f"--{option}: not with diffusion, which has fresh noise for every step and pixel and no one "
+                            f"noise vector to redraw by class or walk along; use --num or --seed")
+    if arguments.instances and not generator.instance_edges:
+        raise UserError(f"--instances {arguments.instances}: this model was trained without instance edges; leave it out")
+    return check_config(apply_overrides(config, [f"diffusion.{key}={value}" for key, value in changes.items()]),
+                        "--steps, --guidance")
+
+
+def draw(generator, config: dict, stem: str, maps: list[torch.Tensor], arguments: argparse.Namespace,
+         resampled: int | None) -> Iterator[torch.Tensor]:
+    """The images of one label map in turn, uint8 (3, H, W); one at a time, so that none depends on its batch."""
+    maps = [m[None] for m in maps]
+    if isinstance(generator, SDMUNet):
+        generate, seed = sampler_for(generator, config, progress=True), sample_seed(arguments.seed, zlib.crc32(stem.encode()))
+        for k in range(arguments.num):
+            yield generate(maps[0], [seed], k, *maps[1:])[0]
+    else:
+        for given in plan_noise(stem, maps[0][0], generator, arguments, resampled):
+            yield to_uint8(generator(maps[0], **given))[0]
+
+
 @torch.no_grad()
 def main(arguments: argparse.Namespace) -> None:
     if arguments.num < 1 or arguments.interpolate == 1 or arguments.interpolate < 0 or arguments.seed < 0:
@@ -95,9 +142,7 @@ def main(arguments: argparse.Namespace) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     paths = find_label_maps(arguments.labels)
     generator, state = load_generator(arguments.checkpoint or newest_checkpoint(), device, arguments.config)
-    if arguments.noise != "image" and not isinstance(generator, OASISGenerator):
-        raise UserError(f"--noise {arguments.noise}: OASIS alone has it; this model's generator is "
-                        f"{state['config']['generator']['name']}")
+    config = check_options(generator, state["config"], arguments)
     chosen_class = find_class(arguments.resample, state["class_names"]) if arguments.resample else None
     count = arguments.interpolate or arguments.num
     names = {path: [f"{path.stem}.png"] if count == 1 else [f"{path.stem}_{k}.png" for k in range(count)] for path in paths}
@@ -106,23 +151,21 @@ def main(arguments: argparse.Namespace) -> None:
         if (arguments.out / name).exists():
             raise UserError(f"{arguments.out / name} exists; choose another --out")
     for path in tqdm(paths, desc="check", leave=False):
-        read_label_map(path, state)
+        read_maps(path, state, arguments.instances)
     arguments.out.mkdir(parents=True, exist_ok=True)
 
     rows = []
     with ThreadPoolExecutor(2) as pool:  # reads the next map and writes finished images while the network runs
-        upcoming, written = pool.submit(read_label_map, paths[0], state), []
+        upcoming, written = pool.submit(read_maps, paths[0], state, arguments.instances), []
         for path, following in zip(tqdm(paths, unit="map"), [*paths[1:], None]):
-            label_map = upcoming.result().to(device)
-            upcoming = pool.submit(read_label_map, following, state) if following else None
+            maps = [m.to(device) for m in upcoming.result()]
+            upcoming = pool.submit(read_maps, following, state, arguments.instances) if following else None
             images = []
-            for k, given in enumerate(plan_noise(path.stem, label_map, generator, arguments, chosen_class)):
-                # one at a time, so that no image depends on its batch
-                image = to_uint8(generator(label_map[None], **given))[0].permute(1, 2, 0).cpu().numpy()
-                images.append(image)
-                written.append(pool.submit(Image.fromarray(image).save, arguments.out / names[path][k]))
+            for k, image in enumerate(draw(generator, config, path.stem, maps, arguments, chosen_class)):
+                images.append(image.permute(1, 2, 0).cpu().numpy())
+                written.append(pool.submit(Image.fromarray(images[-1]).save, arguments.out / names[path][k]))
             if arguments.grid:
-                colors = colorize(label_map.cpu().numpy().astype(np.uint8), np.array(state["palette"], np.uint8))
+                colors = colorize(maps[0].cpu().numpy().astype(np.uint8), np.array(state["palette"], np.uint8))
                 rows.append(np.concatenate([colors, *images], axis=1))
         for task in written:
             task.result()
@@ -145,6 +188,9 @@ if __name__ == "__main__":
     parser.add_argument("--config", type=Path, metavar="FILE", help="configuration of an official checkpoint")
     parser.add_argument("--noise", choices=("image", "class", "pixel"), default="image",
                         help="OASIS: one noise vector for the image, for each class in it, or for each pixel")
+    parser.add_argument("--steps", type=int, metavar="N", help="SDM: steps of an image, 2 to 1000")
+    parser.add_argument("--guidance", type=float, metavar="S", help="SDM: 1 is plain, 1.5 published")
+    parser.add_argument("--instances", type=Path, metavar="DIR", help="SDM with instance edges: folder of instance maps")
     try:
         main(parser.parse_args())
     except UserError as error:

@@ -149,7 +149,8 @@ def write_samples(path: Path, trainer, dataset, count: int = 8) -> None:
     pairs = [dataset[i * len(dataset) // count] for i in range(min(count, len(dataset)))]
     real, label_map, *instances = (torch.stack(column).to(trainer.device) for column in zip(*pairs))
     label_map = label_map.long()
-    rows = [palette[label_map].permute(0, 3, 1, 2).float() / 255, real.float() / 255, *trainer.sheet(label_map, palette, *instances)]
+    rows = [palette[label_map].permute(0, 3, 1, 2).float() / 255, real.float() / 255,
+            *trainer.sheet(label_map, palette, *instances)]
     save_image(make_grid(torch.cat(rows).cpu(), nrow=len(pairs), padding=1), path)
 
 
@@ -229,8 +230,8 @@ def main(config: dict, resume: bool) -> None:
         if rank == 0 and saving:
             save(run, step, config, dataset, trainer)
         if evaluating and not stopping:
-            metrics = evaluate_generator(sampler_for(trainer.ema, config, rank == 0), held_out, config["eval"], device, cache, segmenter,
-                                         rank=rank, world_size=world_size)
+            metrics = evaluate_generator(sampler_for(trainer.ema, config, rank == 0), held_out, config["eval"], device,
+                                         cache, segmenter, rank=rank, world_size=world_size)
             if rank == 0 and recorder.evaluation(step, metrics):
                 if not saving:
                     save(run, step, config, dataset, trainer)
