@@ -142,9 +142,9 @@ class LabeledImages(torch.utils.data.Dataset):
     """Pairs of image and label map at one size; made by `build_dataset`.
 
     `dataset[index]` is the plain pair, `dataset[index, draw]` an augmented one that depends on (seed, draw) alone:
-    image uint8 (3, H, W), label uint8 (H, W) in 0..C and, with `instances`, int32 (H, W), an id for each thing that a
-    data set tells apart, which goes through the same crop and flip. Raises UserError for files that cannot be used; with skip_broken
-    they are named once, counted in `num_broken` (over all loading processes), and another pair is drawn, always the same.
+    image uint8 (3, H, W), label uint8 (H, W) in 0..C and, with `instances`, int32 (H, W), an id for each thing that the
+    data set tells apart; one crop and flip for all. Raises UserError for files that cannot be used; with skip_broken they
+    are named once, counted in `num_broken` (over all loading processes), and another pair is drawn, always the same.
     """
 
     def __init__(self, form: LabelFormat, split: str, size, seed: int, augment: bool, load_scale: float, flip: bool,
@@ -271,19 +271,20 @@ def build_dataset(data_config: dict, split: str, seed: int = 0, augment: bool = 
     Args:
         split: "train" or "val".
         augment: whether `dataset[index, draw]` crops and flips; if not, the draw is accepted and changes nothing.
-    Raises: UserError for a missing or empty folder, and for files without a partner (with skip_broken they are named).
+    Raises: UserError for a missing or empty folder, for instance maps of a data set that has none, and for files without
+        a partner (with skip_broken they are named).
     """
     form = label_format(data_config)
     options = {key: data_config[key] for key in ("size", "load_scale", "flip")} | {"seed": seed, "augment": augment}
-    instances = data_config.get("instances", False)
-    if instances and getattr(LAYOUTS.get(data_config["name"]), "instance_ending", None) is None:
-        raise UserError(f"data.instances: true, but {data_config['name']} has no instance maps; without them the edges of "
-                        f"the label map are used: set data.instances=false")
+    layout = LAYOUTS.get(data_config["name"], LAYOUTS["folder"])
+    skip_broken, instances = data_config["skip_broken"], data_config["instances"]
+    if instances and layout.instance_ending is None:
+        raise UserError(f"data.instances: true, but {data_config['name']} has no instance maps; set it to false, and the "
+                        f"edges of the label map are used")
     if data_config["name"] == "scenes":
         return LabeledImages(form, split, **options)
     if data_config["root"] is None:
         raise UserError(f"data.root: null; set it to the folder of the data set {data_config['name']}")
-    layout, skip_broken = LAYOUTS[data_config["name"]], data_config["skip_broken"]
     pairs, problems = list_pairs(Path(data_config["root"]), layout, split)
     if problems and not (skip_broken and pairs):
         raise UserError(problems[0] + (f" ({len(problems) - 1} more such files)" if len(problems) > 1 else ""))

@@ -23,7 +23,7 @@ FOLDERS = {"folder": ("{}/images/{}.jpg", "{}/labels/{}.png", "train", "val"),
 
 def settings(root, name="folder", **changes):
     return {"name": name, "root": root and str(root), "size": [6, 8], "classes": 3 if name == "folder" else None, "void": None,
-            "palette": None, "load_scale": 1.0, "flip": False, "workers": 0, "skip_broken": False} | changes
+            "palette": None, "load_scale": 1.0, "flip": False, "workers": 0, "skip_broken": False, "instances": False} | changes
 
 
 def put(path, array, **options):
@@ -232,6 +232,25 @@ def test_augmentation_follows_seed_and_draw_alone(tmp_path):
     assert len({pair[0].numpy().tobytes() for pair in pairs}) > 5
     assert not all(same(pair, build(4)[0, draw]) for draw, pair in enumerate(pairs))
     assert same(dataset[0], build(3, augment=False)[0, 5])
+
+
+def test_instance_maps_share_crop_and_flip_with_their_labels(tmp_path):
+    label = (np.arange(48) % 34).astype(np.uint8).reshape(6, 8)
+    tree(tmp_path, label, "cityscapes")
+    paths = [put(tmp_path / f"gtFine/train/ulm/ulm_{stem}_gtFine_instanceIds.png", label.astype(np.uint16) * 1000 + 3)
+             for stem in "ab"]
+    options = settings(tmp_path, "cityscapes", instances=True, load_scale=1.5, flip=True)
+    dataset = data.build_dataset(options, "train", augment=True)
+    for draw in range(8):
+        image, classes, instances = dataset[0, draw]
+        assert instances.dtype == torch.int32 and np.array_equal(dataset.form.ids[instances // 1000], classes)
+    assert not any(dataset.inspect(i)[2] for i in range(2))
+    put(paths[0], RGB)
+    paths[1].unlink()
+    for i, message in enumerate(("a_gtFine_instanceIds.png: damaged", "b_gtFine_instanceIds.png: no such file")):
+        assert message in str(dataset.inspect(i)[2][0])
+        with pytest.raises(UserError, match=message):
+            dataset[i]
 
 
 def test_crops_cover_the_picture_and_flips_are_fair(tmp_path):

@@ -20,7 +20,7 @@ from metrics import (FeatureStatistics, Tally, class_color_errors, class_color_s
                      evaluation_indices, frechet_distance, kernel_distance, sample_seed, segmentation_scores)
 
 SCENES = {"name": "scenes", "root": None, "size": [32, 32], "classes": None, "void": None, "palette": None,
-          "load_scale": 1.0, "flip": False, "workers": 0, "skip_broken": False}
+          "load_scale": 1.0, "flip": False, "workers": 0, "skip_broken": False, "instances": False}
 EVAL = {"num_images": 10, "batch_size": 4, "features": "stlpips_alex", "features_weights": None,
         "features_size": 32, "diversity_network": "stlpips_alex", "diversity_weights": None, "diversity_maps": 3,
         "diversity_samples": 2, "diversity_size": None, "kid_subsets": 4, "kid_subset_size": 6}

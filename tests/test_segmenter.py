@@ -19,7 +19,8 @@ JUDGES = {"segmenter": None, "segmenter_steps": 40, "segmenter_mapping": None}
 def config(folder_data):
     """Three classes in flat colors: a data set that a segmenter learns at once."""
     return {"data": {"name": "folder", "root": str(folder_data), "size": [16, 24], "classes": 3, "void": 255,
-                     "palette": None, "load_scale": 1.0, "flip": True, "workers": 0, "skip_broken": False},
+                     "palette": None, "load_scale": 1.0, "flip": True, "workers": 0, "skip_broken": False,
+                     "instances": False},
             "eval": dict(JUDGES)}
 
 
