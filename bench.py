@@ -6,7 +6,8 @@
 Networks have random weights, which cost the same. Everything is timed on the device that training would use, bf16 on a
 GPU and float32 on a CPU (OMP_NUM_THREADS sets its threads). FLOPs are torch's count: a multiplication and an addition
 are two; lookups and element-wise work count nothing. The peak that a share refers to is that of a matrix product of
-4096 x 4096 (2048 x 2048 on a CPU) measured here in the same precision.
+4096 x 4096 (2048 x 2048 on a CPU) measured here in the same precision. Images by diffusion are extrapolated: the encoding
+of the label map and one step, both passes of guidance, are measured, and the step counts diffusion.steps times.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import platform
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
@@ -28,11 +30,12 @@ from torch.utils.flop_counter import FlopCounterMode
 import scenes
 from config import UserError, load_config
 from data import build_dataset
-from gan import GAN, build_network
+from gan import build_network
 from labels import label_format
-from train import StepSampler, peak_memory
+from sdm import SDMUNet
+from train import StepSampler, build_trainer, peak_memory
 
-COST_CONFIGS = {"DP-SIMS": "configs/ade20k.yaml", "OASIS": "configs/oasis_ade20k.yaml"}
+COST_CONFIGS = {"DP-SIMS": "configs/ade20k.yaml", "OASIS": "configs/oasis_ade20k.yaml", "SDM": "configs/sdm_ade20k.yaml"}
 
 
 def synchronize(device: torch.device) -> None:
@@ -80,23 +83,23 @@ class PartTimer:
         self.parts[name] = self.parts.get(name, 0.0) + time.perf_counter() - self.start
 
     @contextlib.contextmanager
-    def attached(self, gan: GAN):
+    def attached(self, trainer):
         """Times the forward passes, backward passes and optimisers of every step within."""
-        handles, backward = [], torch.Tensor.backward
+        handles, backward, generator_inputs = [], torch.Tensor.backward, getattr(trainer, "g_parameters", None)
         for name in ("generator", "backbone", "discriminator"):
-            network = getattr(gan, name)
+            network = getattr(trainer, name, None)
             if network is not None:
                 handles += [network.register_forward_pre_hook(self.begin),
                             network.register_forward_hook(lambda *_, name=name: self.end(f"{name} forward"))]
-        for name in ("g_optimizer", "d_optimizer"):
-            optimizer = getattr(gan, name)
+        optimizers = [getattr(trainer, name, None) for name in ("optimizer", "g_optimizer", "d_optimizer")]
+        for optimizer in filter(None, optimizers):
             handles += [optimizer.register_step_pre_hook(self.begin),
                         optimizer.register_step_post_hook(lambda *_: self.end("optimizers"))]
 
         def timed(tensor, *args, inputs=None, **kwargs):
             self.begin()
             backward(tensor, *args, inputs=inputs, **kwargs)
-            self.end("generator loss backward" if inputs is gan.g_parameters else "discriminator loss backward")
+            self.end("generator loss backward" if inputs is generator_inputs else "discriminator loss backward")
 
         with mock.patch.object(torch.Tensor, "backward", timed):
             yield
@@ -108,7 +111,7 @@ def bench_training(config: dict, device: torch.device, steps: int) -> dict:
     """Time of a step and its parts, FLOPs, memory; over `steps` steps after 2, from the real loader."""
     dataset = build_dataset(config["data"], "train", config["seed"], augment=True)
     size = config["train"]["batch_size"]
-    gan = GAN(config, dataset.num_classes, device)
+    trainer = build_trainer(config, dataset.num_classes, device)
     sampler = StepSampler(len(dataset), size, range(2 * steps + 3), config["seed"], 0, 1)
     batches = iter(DataLoader(dataset, batch_sampler=sampler, num_workers=config["data"]["workers"],
                               pin_memory=device.type == "cuda"))
@@ -116,21 +119,22 @@ def bench_training(config: dict, device: torch.device, steps: int) -> dict:
 
     def one() -> None:
         nonlocal step
-        image, label_map = (t.to(device, non_blocking=True) for t in next(batches))
-        gan.step(image, label_map, step, places)
+        image, label_map, *instances = (t.to(device, non_blocking=True) for t in next(batches))
+        trainer.step(image, label_map, step, places, *instances)
         step += 1
 
     one()
     count = flops(lambda: (one(), one())) // 2  # one with the diversity pair, one without
     whole = statistics.fmean(seconds(one, device, repeat=1, warm_up=0) for _ in range(steps))
     timer = PartTimer(device)
-    with timer.attached(gan):
+    with timer.attached(trainer):
         start = time.perf_counter()
         for _ in range(steps):
             timer.begin()
             batch = next(batches)
             timer.end("data wait")
-            gan.step(*(t.to(device) for t in batch), step, places)
+            image, label_map, *instances = (t.to(device) for t in batch)
+            trainer.step(image, label_map, step, places, *instances)
             step += 1
         synchronize(device)
         timed = time.perf_counter() - start
@@ -138,7 +142,8 @@ def bench_training(config: dict, device: torch.device, steps: int) -> dict:
     parts["losses, EMA and the rest"] = 1 - sum(parts.values())
     return {"batch_size": size, "seconds_per_step": whole, "images_per_second": size / whole, "share_of_step": parts,
             "flops_per_step": count, "flops_per_second": count / whole, "peak_memory_gib": peak_memory(device),
-            "parameters": {name: count_parameters(getattr(gan, name)) for name in ("generator", "discriminator")}}
+            "parameters": {name: count_parameters(getattr(trainer, name)) for name in ("generator", "discriminator")
+                           if hasattr(trainer, name)}}
 
 
 def count_parameters(network: torch.nn.Module) -> int:
@@ -155,27 +160,40 @@ def drawn_maps(count: int, num_classes: int, size, device: torch.device) -> torc
     return torch.from_numpy(np.stack(maps)).to(device)
 
 
+def sampling_cost(measure: Callable, generator: torch.nn.Module, maps: torch.Tensor, config: dict) -> float:
+    """What `measure(call)` says, seconds or FLOPs, of drawing an image for each of the label maps (B, H, W)."""
+    if not isinstance(generator, SDMUNet):
+        z = torch.randn(len(maps), generator.z_dim, device=maps.device)
+        return measure(lambda: generator(maps, z))
+    guided, steps = config["diffusion"]["guidance"] != 1, config["diffusion"]["steps"]
+    encoding = measure(lambda: generator.encode_labels(maps, guided=guided))
+    features = generator.encode_labels(maps, guided=guided)
+    noisy, t = torch.randn(len(maps), 3, *maps.shape[1:], device=maps.device), torch.zeros(len(maps), device=maps.device)
+    return encoding + steps * measure(lambda: generator(noisy, t, features))
+
+
 @torch.no_grad()
-def bench_sampling(config: dict, device: torch.device, batches=(1, 2, 4, 8, 16)) -> dict:
-    """Latency at batch 1, the best throughput over `batches`, FLOPs an image."""
+def bench_sampling(config: dict, device: torch.device, batches=(1, 2, 4, 8, 16), repeat: int = 3) -> dict:
+    """Latency at batch 1 and the best throughput over `batches`, each the median of `repeat` runs; FLOPs an image."""
     form, size = label_format(config["data"]), config["data"]["size"]
     generator = build_network("generator", config, form.num_classes).eval()
     generator = generator.to(device, memory_format=torch.channels_last)
+    count = sampling_cost(flops, generator, drawn_maps(1, form.num_classes, size, device), config)  # and a warm-up
     times = {}
     for batch in batches:
-        maps, z = drawn_maps(batch, form.num_classes, size, device), torch.randn(batch, generator.z_dim, device=device)
+        maps = drawn_maps(batch, form.num_classes, size, device)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            times[batch] = seconds(lambda: generator(maps, z), device, repeat=3, warm_up=1)
-    count = flops(lambda: generator(maps[:1], z[:1]))
+            times[batch] = sampling_cost(lambda call: seconds(call, device, repeat, warm_up=0), generator, maps, config)
     best = max(times, key=lambda batch: batch / times[batch])
     return {"latency_seconds": times[1], "images_per_second": best / times[best], "at_batch": best, "flops_per_image": count,
-            "parameters": count_parameters(generator), "peak_memory_gib": peak_memory(device)}
+            "parameters": count_parameters(generator), "peak_memory_gib": peak_memory(device),
+            "diffusion": config["diffusion"] if isinstance(generator, SDMUNet) else None}
 
 
 def measure_cost(system: str) -> dict:
     """A line of the cost table: one image at batch 1; run in a process of its own, for its memory."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return bench_sampling(load_config(Path(__file__).parent / COST_CONFIGS[system]), device, batches=(1,))
+    return bench_sampling(load_config(Path(__file__).parent / COST_CONFIGS[system]), device, batches=(1,), repeat=2)
 
 
 def cost_table() -> dict:
@@ -185,12 +203,20 @@ def cost_table() -> dict:
         with context.Pool(1) as pool:
             rows[system] = pool.apply(measure_cost, (system,))
     base = rows["DP-SIMS"]
-    print(f"{'':10}{'parameters':>14}{'TFLOP/image':>14}{'s/image':>12}{'GiB':>8}{'FLOPs':>10}{'time':>10}{'memory':>10}")
+    print(f"{'':10}{'parameters':>14}{'TFLOP/image':>14}{'s/image':>12}{'GiB':>8}"
+          f"{'parameters':>12}{'FLOPs':>12}{'time':>12}{'memory':>12}")
     for system, row in rows.items():
-        ratio = [row[key] / base[key] for key in ("flops_per_image", "latency_seconds", "peak_memory_gib")]
+        ratio = [row[key] / base[key] for key in ("parameters", "flops_per_image", "latency_seconds", "peak_memory_gib")]
         print(f"{system:10}{row['parameters'] / 1e6:>12.1f} M{row['flops_per_image'] / 1e12:>14.3f}"
-              f"{row['latency_seconds']:>12.2f}{row['peak_memory_gib']:>8.2f}" + "".join(f"{r:>9.2f}x" for r in ratio))
+              f"{row['latency_seconds']:>12.2f}{row['peak_memory_gib']:>8.2f}" + "".join(f"{r:>11.2f}x" for r in ratio))
+    print(f"SDM: {chain(rows['SDM'])}")
     return rows
+
+
+def chain(sampling: dict) -> str:
+    """What the figures of an image by diffusion rest on."""
+    return ("{steps} steps at guidance {guidance:g}, extrapolated from the measured label encoding and one measured step"
+            .format(**sampling["diffusion"]))
 
 
 def main() -> None:
@@ -215,7 +241,8 @@ def main() -> None:
             print(f"    {name:30}{share:>6.1%}")
         print(f"sampling: {sampling['latency_seconds'] * 1e3:.1f} ms at batch 1; {sampling['images_per_second']:.1f} images/s "
               f"at batch {sampling['at_batch']}; {sampling['flops_per_image'] / 1e9:.2f} GFLOP an image, "
-              f"{sampling['flops_per_image'] * sampling['images_per_second'] / peak:.0%} of a matrix product's speed")
+              f"{sampling['flops_per_image'] * sampling['images_per_second'] / peak:.0%} of a matrix product's speed"
+              + (f"; {chain(sampling)}" if sampling["diffusion"] else ""))
     result["machine"] = {"device": torch.cuda.get_device_name() if device.type == "cuda" else platform.machine(),
                          "threads": torch.get_num_threads(), "torch": torch.__version__}
     if args.out:

@@ -1,0 +1,38 @@
+"""The benchmark: what it extrapolates of a diffusion chain, and the parts of a training step."""
+
+import pytest
+import torch
+from conftest import TINY
+
+import bench
+import diffusion
+from config import check_config
+from gan import build_network
+
+SDM = {**TINY, "data": {**TINY["data"], "size": [16, 16]}, "discriminator": {}, "loss": {},
+       "generator": {"name": "sdm", "base_channels": 32, "multipliers": [1, 2], "num_res_blocks": 1,
+                     "attention_strides": [2], "head_channels": 32, "spade_channels": 8}}
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("guidance", [1.0, 1.5])
+def test_flops_of_an_image_are_those_of_the_whole_chain(guidance):
+    config = check_config({**SDM, "diffusion": {"steps": 3, "guidance": guidance}}, "tiny")
+    generator = build_network("generator", config, 12).eval()
+    maps = bench.drawn_maps(1, 12, (16, 16), CPU)
+    noise = diffusion.seeded_noise([0], (16, 16))
+    chain = bench.flops(lambda: diffusion.sample(generator, maps, noise, steps=3, guidance=guidance))
+    with torch.no_grad():
+        assert bench.sampling_cost(bench.flops, generator, maps, config) == chain > 0
+    result = bench.bench_sampling(config, CPU, batches=(1,), repeat=1)
+    assert result["flops_per_image"] == chain and result["latency_seconds"] > 0
+    assert bench.chain(result).startswith(f"3 steps at guidance {guidance:g}, extrapolated")
+
+
+@pytest.mark.parametrize("given, networks", [(TINY, {"generator", "discriminator"}), (SDM, {"generator"})])
+def test_parts_make_up_the_training_step(given, networks):
+    result = bench.bench_training(check_config(given, "tiny"), CPU, steps=1)
+    parts = result["share_of_step"]
+    assert sum(parts.values()) == pytest.approx(1) and min(parts.values()) > 0 and set(result["parameters"]) == networks
+    assert {f"{name} loss backward" for name in networks} | {"data wait", "generator forward", "optimizers"} <= set(parts)
+    assert result["flops_per_step"] > 0
