@@ -178,11 +178,11 @@ def bench_sampling(config: dict, device: torch.device, batches=(1, 2, 4, 8, 16),
     form, size = label_format(config["data"]), config["data"]["size"]
     generator = build_network("generator", config, form.num_classes).eval()
     generator = generator.to(device, memory_format=torch.channels_last)
-    count = sampling_cost(flops, generator, drawn_maps(1, form.num_classes, size, device), config)  # and a warm-up
     times = {}
-    for batch in batches:
-        maps = drawn_maps(batch, form.num_classes, size, device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        count = sampling_cost(flops, generator, drawn_maps(1, form.num_classes, size, device), config)  # and a warm-up
+        for batch in batches:
+            maps = drawn_maps(batch, form.num_classes, size, device)
             times[batch] = sampling_cost(lambda call: seconds(call, device, repeat, warm_up=0), generator, maps, config)
     best = max(times, key=lambda batch: batch / times[batch])
     return {"latency_seconds": times[1], "images_per_second": best / times[best], "at_batch": best, "flops_per_image": count,
