@@ -4,6 +4,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from distributed import all_reduce
+
 
 def class_weights(counts: torch.Tensor, power: float = 1.0) -> torch.Tensor:
     """Class weights alpha_c proportional to count_c ** -power, 0 for absent classes, so scaled that all pixels average 1.
@@ -86,25 +88,34 @@ def diversity_views(image: torch.Tensor) -> list[torch.Tensor]:
 
 
 def diversity_distances(image1: torch.Tensor, image2: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """L1 distance of two images in each of the `diversity_views`, averaged with `weight` (B, 1, H, W) >= 0 -> (B, 3)."""
+    """How far two images differ in each of the `diversity_views`, averaged with `weight` (B, 1, H, W) >= 0 -> (B, 3).
+
+    L1 distance in brightness and color. In detail the L1 distance as a share of what both images have of it, which more
+    contrast does not raise: 0 if equal, 0.7 for independent Gaussian textures, 1 if opposite.
+    """
     weight = F.avg_pool2d(weight, 2)
-    total = weight.sum((1, 2, 3)).clamp_min(1e-6)
-    return torch.stack([((a - b).abs().mean(1, keepdim=True) * weight).sum((1, 2, 3)) / total for a, b in
-                        zip(diversity_views(image1), diversity_views(image2))], dim=1)
+    mean = lambda x: (x.abs().mean(1, keepdim=True) * weight).sum((1, 2, 3)) / weight.sum((1, 2, 3)).clamp_min(1e-6)
+    views1, views2 = diversity_views(image1), diversity_views(image2)
+    brightness, color, detail = (mean(a - b) for a, b in zip(views1, views2))
+    return torch.stack([brightness, color, detail / (mean(views1[2]) + mean(views2[2])).clamp_min(1e-3)], dim=1)
 
 
 def diversity_loss(image1: torch.Tensor, image2: torch.Tensor, region: torch.Tensor,
                    margins: torch.Tensor) -> torch.Tensor:
-    """Mean over images and views of max(0, 1 - d / margin): two noises must give different images, but no more [DP-SIMS].
+    """Mean over views of max(0, 1 - d / margin), d a mean over the batch: two noises must give different images, but no
+    more [DP-SIMS]. A margin for every pair alone would drive one-dimensional things, such as brightness, to two extremes.
 
     Args:
         image1, image2: (B, 3, H, W) in [-1, 1], from one label map and two noises.
         region: (B, H, W) bool, where the noises differ; images without any such pixel do not count.
-        margins: (3,) required distance in each of the `diversity_views`.
+        margins: (3,) required mean distance in each of the `diversity_views`.
     """
-    distances = diversity_distances(image1.float(), image2.float(), region[:, None].float())
-    counts = region.flatten(1).any(1)
-    return (F.relu(1 - distances / margins) * counts[:, None]).mean()
+    counts = region.flatten(1).any(1)[:, None]
+    distances = (diversity_distances(image1.float(), image2.float(), region[:, None].float()) * counts).sum(0)
+    sums = torch.cat([distances.detach(), counts.sum(0)])
+    all_reduce([sums], average=False)  # the batch is that of all processes
+    short = sums[:3] < sums[3] * margins
+    return ((counts.sum() - distances / margins) * short).mean() / len(counts)
 
 
 def locality_loss(image1: torch.Tensor, image2: torch.Tensor, region: torch.Tensor) -> torch.Tensor:
