@@ -28,6 +28,11 @@ TINY = {
 }
 
 
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def tiny_config(tmp_path) -> Path:
     """A configuration file of a model that trains in seconds."""

@@ -120,7 +120,7 @@ def test_conditioning_modes():
 
 def test_spectral_norm_bounds_every_convolution_of_the_discriminator(backbone):
     discriminator = Discriminator(5, backbone.channels, channels=4)
-    for _ in range(30):  # power iterations
+    for _ in range(100):  # power iterations
         discriminator(torch.zeros(1, 3, 32, 32), backbone(torch.zeros(1, 3, 32, 32)))
     convolutions = [m for m in discriminator.modules() if isinstance(m, torch.nn.Conv2d)]
     assert convolutions
