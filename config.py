@@ -6,8 +6,8 @@ The sections `generator` and `discriminator` take a `name` and the arguments of 
 import copy
 import difflib
 import inspect
+import reprlib
 import types
-from reprlib import repr as shorten  # a few lines of YAML can stand for gigabytes
 from pathlib import Path
 
 import yaml
@@ -15,6 +15,13 @@ import yaml
 
 class UserError(Exception):
     """An error the user can mend: one line that names the file, the value and the remedy."""
+
+
+def shorten(value) -> str:
+    """A value as a message shows it: a few lines of YAML can stand for gigabytes."""
+    short = reprlib.Repr()
+    short.maxlevel, short.maxstring = 2, 100
+    return short.repr(value)
 
 
 OptionalStr, OptionalInt, OptionalFloat = str | None, int | None, float | None

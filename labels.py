@@ -8,13 +8,12 @@ the host and int64 on the device. Label files keep the ids or colors of their da
 import csv
 from dataclasses import dataclass
 from pathlib import Path
-from reprlib import repr as shorten
 
 import numpy as np
 from PIL import Image
 
 import scenes
-from config import UserError
+from config import UserError, shorten
 
 CLASS_TABLES = Path(__file__).parent / "classes"
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")  # the others that Pillow knows by content include programs (EPS)
