@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from config import UserError
 from distributed import all_reduce
-from gan import build_network
+from gan import build_network, compile_networks
 from sdm import SDMUNet
 
 TRAIN_STEPS = 1000
@@ -202,11 +202,15 @@ class Diffusion:
         device: where to train; bf16 autocast is on where it is a GPU.
     """
 
+    rates = ("lr_generator",)
+
     def __init__(self, config: dict, num_classes: int, device: torch.device):
         self.config, self.num_classes, self.device = config, num_classes, device
         torch.manual_seed(config["seed"])
         self.generator = build_network("generator", config, num_classes).to(device, memory_format=torch.channels_last)
         self.ema = copy.deepcopy(self.generator).eval().requires_grad_(False)
+        if config["train"]["compile"]:
+            compile_networks([self.generator], device)
         self.optimizer = torch.optim.Adam(self.generator.parameters(), lr=config["train"]["lr_generator"],
                                           betas=tuple(config["train"]["betas"]), fused=device.type == "cuda")
 

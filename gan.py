@@ -35,6 +35,18 @@ def noise(keys: list[tuple[int, ...]], z_dim: int, device) -> torch.Tensor:
     return torch.from_numpy(np.stack(rows)).to(device)
 
 
+def compile_networks(networks: list[nn.Module], device: torch.device) -> None:
+    """Have torch.compile speed up the forward and backward passes of networks; says so where it cannot and leaves them."""
+    try:
+        torch.compile(lambda x: x.square() + 1)(torch.zeros(8, device=device))
+    except Exception as error:  # a missing C++ compiler or Triton, each with errors of its own
+        print(f"train.compile: torch.compile does not work here, going on without it ({str(error).strip().splitlines()[0]})")
+        return
+    torch._functorch.config.donated_buffer = False  # two losses go back through one graph
+    for network in networks:
+        network.compile()
+
+
 class GAN:
     """Networks, losses and optimisers of one training run.
 
@@ -43,6 +55,8 @@ class GAN:
         num_classes: C.
         device: where to train; bf16 autocast is on where it is a GPU.
     """
+
+    rates = ("lr_generator", "lr_discriminator")  # what in the configuration's `train` sets them
 
     def __init__(self, config: dict, num_classes: int, device: torch.device):
         self.config, self.num_classes, self.device = config, num_classes, device
@@ -59,6 +73,8 @@ class GAN:
             generator = nn.SyncBatchNorm.convert_sync_batchnorm(generator)
         self.generator = self._place(generator)
         self.discriminator = self._place(build_network("discriminator", config, num_classes, feature_channels=channels))
+        if train["compile"]:
+            compile_networks([self.generator, self.discriminator], device)
         strides = [s / backbone["input_scale"] for s in self.backbone.strides] if self.backbone else []
         usable = [i for i, s in enumerate(strides) if min(config["data"]["size"]) / s >= 4]
         self.contrast_scales = usable[-loss["contrastive_scales"]:]

@@ -7,6 +7,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.utils.parametrizations import spectral_norm
+from torch.utils.checkpoint import checkpoint
 
 
 def upsample(x: torch.Tensor, size) -> torch.Tensor:
@@ -113,12 +114,14 @@ class Generator(nn.Module):
         style_dim: width of the mapping network. num_tokens: style tokens at each scale.
         noise: "cross_attention", "concat" (z joins the label embedding at every pixel, as 3D noise) or "none".
         attention_scales: how many of the coarsest scales have self-attention.
+        checkpointing: in training, recompute each block's inner activations in the backward pass instead of keeping them.
     """
 
     def __init__(self, num_classes: int, channels: tuple[int, ...] = (64, 128, 256, 512, 512, 512), z_dim: int = 64,
-                 style_dim: int = 256, num_tokens: int = 16, noise: str = "cross_attention", attention_scales: int = 2):
+                 style_dim: int = 256, num_tokens: int = 16, noise: str = "cross_attention", attention_scales: int = 2,
+                 checkpointing: bool = False):
         super().__init__()
-        self.num_classes, self.z_dim, self.noise = num_classes, z_dim, noise
+        self.num_classes, self.z_dim, self.noise, self.checkpointing = num_classes, z_dim, noise, checkpointing
         self.divisor = 2 ** (len(channels) - 1)
         scales = range(len(channels))
         narrow = list(zip(channels[1:], channels[:-1]))  # (width of the coarser scale, width of the finer)
@@ -144,6 +147,12 @@ class Generator(nn.Module):
             nn.init.normal_(layer.weight, std=0.1 / layer.in_channels ** 0.5)
             nn.init.zeros_(layer.bias)
 
+    def run(self, block: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
+        """`block(*inputs)`, without keeping what its backward pass can compute again where that is asked for."""
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
+
     def encode(self, label_map: torch.Tensor, z: torch.Tensor, z2=None, region=None) -> list[torch.Tensor]:
         """U-Net over the label map -> features (B, channels[i], H / 2**i, W / 2**i), full resolution first.
 
@@ -157,7 +166,7 @@ class Generator(nn.Module):
             x = self.join_noise(torch.cat([x, noise_map], dim=1))
         skips = [self.attention[0](x)]
         for down, attention in zip(self.down, self.attention[1:]):
-            skips.append(attention(down(F.avg_pool2d(skips[-1], 2))))
+            skips.append(attention(self.run(down, F.avg_pool2d(skips[-1], 2))))
         x, features = skips[-1], []
         for i in reversed(range(len(skips))):
             if i < len(skips) - 1:
@@ -192,7 +201,7 @@ class Generator(nn.Module):
         for i in reversed(range(len(features))):
             if i < len(features) - 1:
                 x, rgb = (upsample(t, features[i].shape[2:]) for t in (self.narrow[i](x), rgb))
-            x = self.image_blocks[i](x, features[i])
+            x = self.run(self.image_blocks[i], x, features[i])
             rgb = rgb + self.to_rgb[i](pixel_norm(x))
         return torch.tanh(rgb)
 

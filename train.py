@@ -129,13 +129,13 @@ def check_fit(config: dict, trainer, world_size: int) -> None:
         PerceptualNetwork(judges["diversity_network"], judges["diversity_weights"], judges["diversity_size"])
 
 
-def check_finite(pending: list[tuple[int, dict]], run: Path) -> None:
+def check_finite(pending: list[tuple[int, dict]], run: Path, rates: tuple[str, ...]) -> None:
     """Raise UserError for the first loss of the steps since the last look that is not finite."""
     for step, values in pending:
         for name, value in values.items():
             if not math.isfinite(value):
                 raise UserError(f"{run}: {name} is {value} at step {step}; the last checkpoint is kept. "
-                                f"Go on from it with a lower train.lr_generator and train.lr_discriminator")
+                                f"Go on from it with a lower {' and '.join(f'train.{name}' for name in rates)}")
 
 
 def collect(pending: list[tuple[int, dict[str, torch.Tensor]]]) -> list[tuple[int, dict[str, float]]]:
@@ -232,12 +232,12 @@ def main(config: dict, resume: bool) -> None:
         saving = due(train["save_every"], step) or evaluating or stopping
         if logging or saving:
             numbers = collect(pending)
-            check_finite(numbers, run)
+            check_finite(numbers, run, trainer.rates)
             if rank == 0 and logging:
                 values = {name: value for _, losses in numbers for name, value in losses.items()}
                 recorder.log({"step": step, **values,
                               "images_per_second": len(pending) * train["batch_size"] / (time.time() - since),
-                              "lr_generator": train["lr_generator"], "lr_discriminator": train["lr_discriminator"],
+                              **{name: train[name] for name in trainer.rates},
                               "peak_memory_gib": peak_memory(device),
                               **({"broken_pairs": dataset.num_broken} if config["data"]["skip_broken"] else {})})
                 bar.set_postfix({name: f"{value:.3f}" for name, value in values.items()}, refresh=False)

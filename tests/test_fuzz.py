@@ -12,19 +12,16 @@ import struct
 import time
 import zipfile
 import zlib
-from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-import yaml
 from conftest import ROOT, TINY
 from PIL import Image
 
 import labels
 import scenes
-from checkpoint import load_checkpoint, load_generator, read_official, save_checkpoint
+from checkpoint import load_checkpoint, load_generator, read_official
 from config import UserError, check_config, load_config
 from data import read_image, read_instance_map
 from gan import build_network

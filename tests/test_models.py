@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from backbones import Backbone
+from gan import compile_networks
 from models import Discriminator, Generator
 
 SMALL = dict(channels=(8, 16, 16), z_dim=8, style_dim=16, num_tokens=4, attention_scales=1)
@@ -30,6 +31,23 @@ def test_several_samples_a_map_equal_one_at_a_time():
     together = generator(label_map, z)
     apart = torch.cat([generator(label_map, z[:2]), generator(label_map, z[2:])])
     assert torch.allclose(together, apart, atol=1e-5)
+
+
+def test_checkpointing_keeps_less_and_changes_no_gradient():
+    plain = Generator(5, **SMALL)
+    recomputing = Generator(5, **SMALL, checkpointing=True)
+    recomputing.load_state_dict(plain.state_dict())
+    label_map, z = torch.randint(0, 6, (2, 32, 32)), torch.randn(2, 8)
+    kept = []
+    for generator in (plain, recomputing):
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
+            loss = generator(label_map, z).square().mean()
+        loss.backward()
+        kept.append(sum(sizes))
+    assert kept[1] < kept[0]
+    for (name, a), b in zip(plain.named_parameters(), recomputing.parameters()):
+        assert torch.equal(a.grad, b.grad), name
 
 
 def test_void_has_an_embedding_of_its_own():
@@ -108,3 +126,13 @@ def test_spectral_norm_bounds_every_convolution_of_the_discriminator(backbone):
     assert convolutions
     for convolution in convolutions:
         assert torch.linalg.matrix_norm(convolution.weight.flatten(1), 2) < 1.05
+
+
+def test_without_a_compiler_training_goes_on_and_says_so(monkeypatch, capsys):
+    def fail(*_):
+        raise RuntimeError("no compiler\nmore about it")
+    monkeypatch.setattr(torch, "compile", fail)
+    network = torch.nn.Linear(2, 2)
+    compile_networks([network], torch.device("cpu"))
+    assert capsys.readouterr().out.strip().endswith("going on without it (no compiler)")
+    assert network(torch.ones(1, 2)).shape == (1, 2)
