@@ -64,9 +64,9 @@ SCHEMA = {
         "contrastive_temperature": (float, 0.3, "temperature of its softmax"),
         "perceptual": (float, 0.0, "weight of an L1 distance between backbone features, an alternative to the former"),
         "diversity": (float, 2.0, "weight of the diversity hinge"),
-        "diversity_margin": (list, [0.1, 0.4, 0.6], "required mean distance in coarse brightness, coarse "
+        "diversity_margin": (list, [0.05, 0.25, 0.85], "required mean distance in coarse brightness, coarse "
                              "color and detail, as shares of that between different real images"),
-        "diversity_every": (int, 2, "every so many steps; its gradient is not scaled up in return"),
+        "diversity_every": (int, 1, "every so many steps the fake batch is two samples of every other label map"),
         "diversity_regional": (float, 0.5, "share of the pairs whose noises differ in random classes alone"),
         "labelmix": (float, 0.0, "weight of OASIS's LabelMix consistency of the discriminator"),
         "locality": (float, 0.5, "weight of the change outside the region whose noise was redrawn, as a share of that inside"),

@@ -163,7 +163,8 @@ class GAN:
 
     def _round(self, real, label_map, weights, step, samples, generator: bool, discriminator: bool) -> dict[str, torch.Tensor]:
         """Add to the gradients of the networks that are asked for. Both share one fake batch; the discriminator alone
-        gets a fresh one, from a noise of its own."""
+        gets a fresh one, from a noise of its own. Where diversity is asked for, the fake batch is two samples of every
+        other label map."""
         loss, seed = self.config["loss"], self.config["seed"]
         draw = lambda stream: noise([(seed, step, s, stream) for s in samples], self.generator.z_dim, self.device)
         diverse = generator and bool(loss["diversity"]) and step % loss["diversity_every"] == 0
@@ -171,10 +172,12 @@ class GAN:
         with (torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"),
               parametrize.cached()):  # fake and real images see the same normalised weights
             with torch.set_grad_enabled(generator):
+                asked = torch.arange(len(real), device=self.device)  # whose label map each fake image has
                 if diverse:
-                    z, region = draw(0), self._regions(label_map, step, samples)
-                    fake, fake2 = self.generator(label_map, z.repeat(2, 1), torch.cat([z, draw(1)]),
-                                                 region.repeat(2, 1, 1)).chunk(2)
+                    asked = asked[::2].repeat(2)
+                    z, region = draw(0)[::2], self._regions(label_map[::2], step, samples[::2])
+                    fake = self.generator(label_map[::2], z.repeat(2, 1), torch.cat([z, draw(1)[::2]]),
+                                          region.repeat(2, 1, 1))
                 else:
                     fake = self.generator(label_map, draw(0 if generator else 3))
                 fake_features = self._features(fake)
@@ -184,19 +187,20 @@ class GAN:
                     real_features = self._features(real)
 
             if generator:
-                values["g_pixel"] = losses.focal_loss(fake_logits, label_map, weights, loss["focal_gamma"])
+                values["g_pixel"] = losses.focal_loss(fake_logits, label_map[asked], weights, loss["focal_gamma"])
                 total = values["g_pixel"]
                 if loss["contrastive"]:
                     places = torch.Generator().manual_seed(hash((seed, step)) % 2 ** 63)
-                    values["g_contrastive"] = self.contrast(*([f[i] for i in self.contrast_scales] for f in
-                                                              (fake_features, real_features)), places)
+                    values["g_contrastive"] = self.contrast([fake_features[i] for i in self.contrast_scales],
+                                                            [real_features[i][asked] for i in self.contrast_scales], places)
                     total = total + loss["contrastive"] * values["g_contrastive"]
                 if loss["perceptual"]:
-                    values["g_perceptual"] = losses.perceptual_loss(fake_features, real_features)
+                    values["g_perceptual"] = losses.perceptual_loss(fake_features, [f[asked] for f in real_features])
                     total = total + loss["perceptual"] * values["g_perceptual"]
                 if diverse:
-                    values["g_diversity"] = losses.diversity_loss(fake, fake2, region, self.margins)
-                    values["g_locality"] = losses.locality_loss(fake, fake2, region)
+                    fake1, fake2 = fake.chunk(2)
+                    values["g_diversity"] = losses.diversity_loss(fake1, fake2, region, self.margins)
+                    values["g_locality"] = losses.locality_loss(fake1, fake2, region)
                     total = total + loss["diversity"] * values["g_diversity"] + loss["locality"] * values["g_locality"]
             if discriminator:
                 real_logits = self.discriminator(real, real_features)
@@ -205,12 +209,12 @@ class GAN:
                 d_total = values["d_real"] + values["d_fake"]
                 if loss["labelmix"]:
                     coins = torch.Generator().manual_seed(hash((seed, step, 1)) % 2 ** 63)
-                    mask = labelmix_mask(label_map, self.num_classes, coins)
-                    mixed = torch.where(mask, real, fake.detach())
+                    mask = labelmix_mask(label_map[asked], self.num_classes, coins)
+                    mixed = torch.where(mask, real[asked], fake.detach())
                     with torch.no_grad():
                         mixed_features = self._features(mixed)
                     values["d_labelmix"] = labelmix_loss(self.discriminator(mixed, mixed_features).float(),
-                                                         real_logits.float(), fake_logits.float(), mask)
+                                                         real_logits[asked].float(), fake_logits.float(), mask)
                     d_total = d_total + loss["labelmix"] * values["d_labelmix"]
         if generator:
             total.backward(inputs=self.g_parameters, retain_graph=discriminator)
