@@ -200,9 +200,9 @@ def _fill(given: dict, schema: dict, source: str, prefix: str) -> dict:
 
 def _convert(value, kind, source: str, key: str):
     kinds = kind.__args__ if isinstance(kind, types.UnionType) else (kind,)
-    if float in kinds and not isinstance(value, bool):
+    if float in kinds and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:  # YAML reads 1e-4 as text
-            return float(value) if isinstance(value, (int, float, str)) else value
+            return float(value)
         except (ValueError, OverflowError):
             pass
     if isinstance(value, kinds) and not (isinstance(value, bool) and bool not in kinds):

@@ -128,7 +128,7 @@ def label_format(data_config: dict) -> LabelFormat:
         return read_class_table(classes)
     if not classes:
         raise UserError(f"data.classes: {classes}; a folder data set needs their number, a list of names or a class table")
-    names = [f"class {i}" for i in range(classes)] if isinstance(classes, int) else classes
+    names = [f"class {i}" for i in range(min(classes, MAX_CLASSES + 1))] if isinstance(classes, int) else classes
     if void is not None and not 0 <= void <= 255:
         raise UserError(f"data.void: {void}; label files are 8-bit, so 0 to 255, or null")
     count, colors = len(names), data_config["palette"]
