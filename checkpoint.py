@@ -73,33 +73,42 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dic
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint; train.py writes runs/NAME/checkpoints/latest.pt")
-    problem = what_is_wrong(path)
-    if problem:
+    try:
+        return read_checkpoint(path, device)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # zipfile and the unpickler raise many kinds of errors on damaged files
         others = sorted((p for p in path.parent.glob("*.pt") if p != path), key=lambda p: p.stat().st_mtime, reverse=True)
-        whole = next((p for p in others if not what_is_wrong(p)), None)
+        whole = next(filter(is_whole, others), None)
         remedy = (f"the newest whole one is {whole}: name that, or go on from it with `mv {whole} {path}` and --resume"
                   if whole else "no whole one lies beside it")
-        raise UserError(f"{path}: cut short, altered or not a checkpoint of this project ({problem}); {remedy}. "
-                        f"An official checkpoint needs --config")
-    return torch.load(path, map_location=device, weights_only=True)
+        raise UserError(f"{path}: cut short, altered or not a checkpoint of this project ({reason(error)}); {remedy}. "
+                        f"An official checkpoint needs --config") from error
 
 
-def what_is_wrong(path: Path) -> str:
-    """Why a file cannot be read as a checkpoint of this project; empty if it can."""
+def read_checkpoint(path: Path, device: str | torch.device) -> dict:
+    """What `load_checkpoint` gives. Raises ValueError, or whatever zipfile and torch raise on damaged files."""
+    with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
+        if sum(part.file_size for part in archive.infolist()) > path.stat().st_size:
+            raise ValueError("its parts claim to be larger than the file")
+        if archive.testzip() is not None:
+            raise ValueError("a part has a wrong checksum")
+    state = torch.load(path, map_location=device, weights_only=True)
+    for name, kind in PARTS.items():
+        if not isinstance(state, dict) or not isinstance(state.get(name), kind):
+            raise ValueError(f"it has no {name}")
+    if len(state["palette"]) != len(state["class_names"]) + 1 or not all(map(is_color, state["palette"])):
+        raise ValueError("its palette does not fit its classes")
+    return state
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a file can be read as a checkpoint of this project."""
     try:
-        with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
-            if sum(part.file_size for part in archive.infolist()) > path.stat().st_size:
-                return "its parts claim to be larger than the file"
-            if archive.testzip() is not None:
-                return "a part has a wrong checksum"
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # zipfile and the unpickler raise many kinds of errors on damaged files
-        return reason(error)
-    missing = [name for name, kind in PARTS.items() if not isinstance(state, dict) or not isinstance(state.get(name), kind)]
-    if missing:
-        return f"it has no {missing[0]}"
-    fits = len(state["palette"]) == len(state["class_names"]) + 1 and all(map(is_color, state["palette"]))
-    return "" if fits else "its palette does not fit its classes"
+        read_checkpoint(path, "cpu")
+    except Exception:  # as in load_checkpoint
+        return False
+    return True
 
 
 def reason(error: Exception) -> str:
@@ -140,7 +149,7 @@ def read_official(path: str | Path) -> dict:
     """The tensors of an official checkpoint, by name, read without unpickling objects. Raises UserError."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # as in what_is_wrong
+    except Exception as error:  # as in load_checkpoint
         raise UserError(f"{path}: cannot be read as a state dict ({reason(error)}); fetch it again") from error
     if not isinstance(state, dict) or not state or not all(isinstance(t, torch.Tensor) for t in state.values()):
         raise UserError(f"{path}: not a state dict; --config goes with official checkpoints, those of train.py carry theirs")
