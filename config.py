@@ -6,6 +6,7 @@ The sections `generator` and `discriminator` take a `name` and the arguments of 
 import copy
 import difflib
 import inspect
+import reprlib
 import types
 from pathlib import Path
 
@@ -14,6 +15,13 @@ import yaml
 
 class UserError(Exception):
     """An error the user can mend: one line that names the file, the value and the remedy."""
+
+
+def shorten(value) -> str:
+    """A value as a message shows it: a few lines of YAML can stand for gigabytes."""
+    short = reprlib.Repr()
+    short.maxlevel, short.maxstring = 2, 100
+    return short.repr(value)
 
 
 OptionalStr, OptionalInt, OptionalFloat = str | None, int | None, float | None
@@ -131,8 +139,8 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> dict:
     """
     try:
         given = yaml.safe_load(Path(path).read_text()) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read as YAML ({' '.join(str(error).split())})") from error
+    except Exception as error:  # PyYAML raises many kinds of errors on odd values
+        raise UserError(f"{path}: cannot be read as YAML ({' '.join(str(error).split())[:300] or type(error).__name__})") from error
     if not isinstance(given, dict):
         raise UserError(f"{path}: holds {type(given).__name__}, not keys and values")
     return check_config(apply_overrides(given, overrides), str(path))
@@ -152,7 +160,7 @@ def apply_overrides(given: dict, overrides: list[str]) -> dict:
                 raise UserError(f"{override!r}: {parent} is a value, not a section")
         try:
             section[last] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
+        except Exception as error:  # as in load_config
             raise UserError(f"{override!r}: the value is not YAML") from error
     return given
 
@@ -165,7 +173,7 @@ def check_config(given: dict, source: str) -> dict:
         name = section.get("name", SCHEMA[kind]["name"][1]) if isinstance(section, dict) else SCHEMA[kind]["name"][1]
         classes = network_classes(kind)
         if not isinstance(name, str) or name not in classes:
-            raise UserError(f"{source}: {kind}.name is {name!r}; there are {', '.join(classes)}")
+            raise UserError(f"{source}: {kind}.name is {shorten(name)}; there are {', '.join(classes)}")
         schema[kind].update(network_arguments(classes[name]))
     config = _fill(given, schema, source, "")
     _check_values(config, source)
@@ -183,7 +191,7 @@ def _fill(given: dict, schema: dict, source: str, prefix: str) -> dict:
         if isinstance(entry, dict):
             section = given.get(key, {})
             if not isinstance(section, dict):
-                raise UserError(f"{source}: {prefix}{key} is {section!r}; it is a section of keys")
+                raise UserError(f"{source}: {prefix}{key} is {shorten(section)}; it is a section of keys")
             result[key] = _fill(section, entry, source, f"{prefix}{key}.")
         else:
             result[key] = _convert(given[key], entry[0], source, prefix + key) if key in given else entry[1]
@@ -192,15 +200,15 @@ def _fill(given: dict, schema: dict, source: str, prefix: str) -> dict:
 
 def _convert(value, kind, source: str, key: str):
     kinds = kind.__args__ if isinstance(kind, types.UnionType) else (kind,)
-    if float in kinds and not isinstance(value, bool):
+    if float in kinds and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:  # YAML reads 1e-4 as text
-            return float(value) if isinstance(value, (int, float, str)) else value
-        except ValueError:
+            return float(value)
+        except (ValueError, OverflowError):
             pass
     if isinstance(value, kinds) and not (isinstance(value, bool) and bool not in kinds):
         return value
     names = " or ".join("null" if k is types.NoneType else k.__name__ for k in kinds)
-    raise UserError(f"{source}: {key} is {value!r}; it takes {names}")
+    raise UserError(f"{source}: {key} is {shorten(value)}; it takes {names}")
 
 
 def _check_values(config: dict, source: str) -> None:
@@ -209,7 +217,7 @@ def _check_values(config: dict, source: str) -> None:
             value = config
             for part in key.split("."):
                 value = value[part]
-            raise UserError(f"{source}: {key} is {value!r}; {remedy}")
+            raise UserError(f"{source}: {key} is {shorten(value)}; {remedy}")
 
     size, train = config["data"]["size"], config["train"]
     need(len(size) == 2 and all(isinstance(s, int) and s > 0 for s in size), "data.size", "write [height, width]")

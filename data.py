@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -154,7 +155,7 @@ class LabeledImages(torch.utils.data.Dataset):
         self.augment, self.load_scale, self.flip = augment, load_scale, flip
         self.pairs, self.layout, self.skip_broken, self.instances = pairs, layout, skip_broken, instances
         self.num_classes, self.class_names, self.palette = form.num_classes, form.class_names, form.palette
-        self._broken = torch.zeros(len(self), dtype=torch.bool).share_memory_()  # loading processes add to it
+        self.broken = torch.zeros(len(self), dtype=torch.bool).share_memory_()  # loading processes add to it
 
     def __len__(self) -> int:
         return scenes.LENGTHS[self.split] if self.pairs is None else len(self.pairs)
@@ -167,13 +168,13 @@ class LabeledImages(torch.utils.data.Dataset):
 
     @property
     def num_broken(self) -> int:
-        return int(self._broken.sum())
+        return int(self.broken.sum())
 
     def mark_broken(self, index: int, error: UserError) -> None:
         """Remembers a broken pair and names it, the first time."""
-        if not self._broken[index]:
-            self._broken[index] = True
-            print(f"skipped: {error}", file=sys.stderr)
+        if not self.broken[index]:
+            self.broken[index] = True
+            say_once(f"skipped: {error}")
 
     def instance_path(self, index: int) -> Path:
         """The instance map of a pair."""
@@ -289,8 +290,14 @@ def build_dataset(data_config: dict, split: str, seed: int = 0, augment: bool = 
     if problems and not (skip_broken and pairs):
         raise UserError(problems[0] + (f" ({len(problems) - 1} more such files)" if len(problems) > 1 else ""))
     for problem in problems:
-        print(f"skipped: {problem}", file=sys.stderr)
+        say_once(f"skipped: {problem}")
     return LabeledImages(form, split, **options, pairs=pairs, layout=layout, skip_broken=skip_broken, instances=instances)
+
+
+@cache
+def say_once(line: str) -> None:
+    """Print to stderr what this process has not said yet: judges build the data sets of the training anew."""
+    print(line, file=sys.stderr)
 
 
 def in_threads(function: Callable, items: Iterable, text: str) -> Iterator:
@@ -306,7 +313,7 @@ def in_threads(function: Callable, items: Iterable, text: str) -> Iterator:
 def quick_check(dataset: LabeledImages, most: int = 2000, image_bytes: float = 256e6) -> None:
     """Reads label files, and images up to so many bytes, before training starts: all, or evenly spaced ones.
 
-    Raises: UserError for the first file that cannot be used; with skip_broken such files are named and marked.
+    Raises: UserError for the first file that cannot be used; with skip_broken such files are named, marked and counted.
     """
     if dataset.pairs is None:
         return
@@ -322,6 +329,8 @@ def quick_check(dataset: LabeledImages, most: int = 2000, image_bytes: float = 2
             raise problems[0]
         if problems:
             dataset.mark_broken(index, problems[0])
+    if dataset.num_broken:
+        say_once(f"skipped: {dataset.num_broken} of {len(dataset)} pairs of {dataset.split}")
 
 
 if __name__ == "__main__":

@@ -13,9 +13,10 @@ import numpy as np
 from PIL import Image
 
 import scenes
-from config import UserError
+from config import UserError, shorten
 
 CLASS_TABLES = Path(__file__).parent / "classes"
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")  # the others that Pillow knows by content include programs (EPS)
 MAX_CLASSES = 254  # void is C, and 255 marks ids that mean nothing
 UNKNOWN = 255
 PACK = np.array([65536, 256, 1], np.int32)  # (..., 3) colors -> one number each
@@ -107,9 +108,11 @@ def _checked(form: LabelFormat, source: str) -> LabelFormat:
     names = form.class_names
     if not 1 <= len(names) <= MAX_CLASSES:
         raise UserError(f"{source}: {len(names)} classes; label maps are 8-bit, so 1 to {MAX_CLASSES}")
+    if not all(isinstance(name, str) for name in names):
+        raise UserError(f"{source}: class names must be texts; put the others in quotes")
     twice = [name for name in names if names.count(name) > 1]
-    if twice or not all(isinstance(name, str) for name in names):
-        raise UserError(f"{source}: class names must be different texts{f', {twice[0]} is there twice' if twice else ''}")
+    if twice:
+        raise UserError(f"{source}: class names must be different, {twice[0]} is there twice")
     return form
 
 
@@ -125,7 +128,7 @@ def label_format(data_config: dict) -> LabelFormat:
         return read_class_table(classes)
     if not classes:
         raise UserError(f"data.classes: {classes}; a folder data set needs their number, a list of names or a class table")
-    names = [f"class {i}" for i in range(classes)] if isinstance(classes, int) else classes
+    names = [f"class {i}" for i in range(min(classes, MAX_CLASSES + 1))] if isinstance(classes, int) else classes
     if void is not None and not 0 <= void <= 255:
         raise UserError(f"data.void: {void}; label files are 8-bit, so 0 to 255, or null")
     count, colors = len(names), data_config["palette"]
@@ -133,15 +136,16 @@ def label_format(data_config: dict) -> LabelFormat:
                     "data.classes")
     if colors is None:
         return form
-    try:
-        palette = np.array(colors, int).reshape(-1, 3)
-    except (ValueError, TypeError, OverflowError):
-        palette = np.zeros((0, 3), int)
-    if len(palette) not in (count, count + 1) or palette.min() < 0 or palette.max() > 255:
-        raise UserError(f"data.palette: {str(colors)[:60]} does not give {count} classes their colors; write one "
+    if len(colors) not in (count, count + 1) or not all(map(is_color, colors)):
+        raise UserError(f"data.palette: {shorten(colors)} does not give {count} classes their colors; write one "
                         "[r, g, b] of 0 to 255 a class, in their order, then void's if it is not black")
-    palette = np.concatenate([palette, np.zeros((count + 1 - len(palette), 3), int)]).astype(np.uint8)
+    palette = np.array(colors + [[0, 0, 0]] * (count + 1 - len(colors)), np.uint8)
     return LabelFormat(names, palette, id_table(count, count if void is None else void))
+
+
+def is_color(color) -> bool:
+    """Whether a value is [r, g, b] of 0 to 255."""
+    return isinstance(color, list) and len(color) == 3 and all(isinstance(v, int) and 0 <= v <= 255 for v in color)
 
 
 def colorize(label: np.ndarray, palette: np.ndarray) -> np.ndarray:
@@ -152,7 +156,7 @@ def colorize(label: np.ndarray, palette: np.ndarray) -> np.ndarray:
 def open_image(path: str | Path) -> Image.Image:
     """Opens without decoding the pixels. Raises UserError."""
     try:
-        return Image.open(path)
+        return Image.open(path, formats=FORMATS)
     except FileNotFoundError:
         raise Unreadable(f"{path}: no such file") from None
     except Exception as error:  # Pillow raises many kinds of errors on damaged files

@@ -5,7 +5,6 @@ real image is decoded once. EVALUATION.md is the protocol, judges.py has the net
 """
 
 import hashlib
-import os
 import platform
 import sys
 from importlib.metadata import version
@@ -18,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import diffusion
+from checkpoint import save_checkpoint
 from config import UserError
 from gan import noise
 from judges import FeatureNetwork, PerceptualNetwork, feature_network
@@ -219,15 +219,15 @@ class Tally:
         self.confusion, self.colors = sum(part[3] for part in parts), sum(part[4] for part in parts)
 
     def save(self, path: Path) -> None:
-        """Write a gathered tally, atomically."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}.tmp")
-        torch.save({"features": self.features[0], "confusion": self.confusion, "colors": self.colors}, partial)
-        os.replace(partial, path)
+        """Write a gathered tally, whole or not at all. Raises UserError."""
+        save_checkpoint({"features": self.features[0], "confusion": self.confusion, "colors": self.colors}, path)
 
     def load(self, path: Path) -> None:
-        """Read what `save` wrote."""
-        state = torch.load(path, weights_only=True)
+        """Read what `save` wrote. Raises UserError."""
+        try:
+            state = torch.load(path, weights_only=True)
+        except Exception as error:  # torch raises many kinds of errors on damaged files
+            raise UserError(f"{path}: damaged ({type(error).__name__}); delete it, and it is measured again") from error
         self.features, self.confusion, self.colors = [state["features"]], state["confusion"], state["colors"]
         self.statistics.update(state["features"])
 

@@ -10,6 +10,8 @@ or SDM carries no configuration: name one with --config.
 SDM's images take --steps (default: the model's configuration), and its models of Cityscapes the edges of instance maps:
 --instances names a folder with files of the same names (or _instanceIds for _labelIds). Without it the label map's own
 edges are used, so that touching things of one class are not told apart; models of CelebAMask-HQ want just that.
+
+`torchrun --nproc_per_node N sample.py ...` shares the label maps over N processes, with the same images.
 """
 
 import argparse
@@ -21,15 +23,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image
 from tqdm import tqdm
 
 from checkpoint import load_generator
 from config import UserError, apply_overrides, check_config
 from data import read_instance_map
+from distributed import setup_distributed
 from labels import colorize, label_format, read_label_file
 from gan import noise
-from metrics import sample_seed, sampler_for, to_uint8
+from metrics import gather, sample_seed, sampler_for, to_uint8
 from oasis import OASISGenerator
 from sdm import SDMUNet
 
@@ -139,7 +143,7 @@ def main(arguments: argparse.Namespace) -> None:
         raise UserError("choose one of --resample, --interpolate and --noise")
     if arguments.interpolate and arguments.num > 1:
         raise UserError("--interpolate does not go with --num")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rank, world_size, device = setup_distributed()
     paths = find_label_maps(arguments.labels)
     generator, state = load_generator(arguments.checkpoint or newest_checkpoint(), device, arguments.config)
     config = check_options(generator, state["config"], arguments)
@@ -150,29 +154,36 @@ def main(arguments: argparse.Namespace) -> None:
     for name in wanted:
         if (arguments.out / name).exists():
             raise UserError(f"{arguments.out / name} exists; choose another --out")
-    for path in tqdm(paths, desc="check", leave=False):
+    share = paths[rank::world_size]
+    for path in tqdm(share, desc="check", leave=False, disable=rank != 0):
         read_maps(path, state, arguments.instances)
+    gather(None)  # nothing is written before every process has checked its share
     arguments.out.mkdir(parents=True, exist_ok=True)
 
-    rows = []
+    rows = {}
     with ThreadPoolExecutor(2) as pool:  # reads the next map and writes finished images while the network runs
-        upcoming, written = pool.submit(read_maps, paths[0], state, arguments.instances), []
-        for path, following in zip(tqdm(paths, unit="map"), [*paths[1:], None]):
-            maps = [m.to(device) for m in upcoming.result()]
-            upcoming = pool.submit(read_maps, following, state, arguments.instances) if following else None
+        read = lambda path: pool.submit(read_maps, path, state, arguments.instances)
+        upcoming, written = [read(path) for path in share[:1]], []
+        for path, following in zip(tqdm(share, unit="map", disable=rank != 0), [*share[1:], None]):
+            maps = [m.to(device) for m in upcoming.pop().result()]
+            upcoming += [read(following)] if following else []
             images = []
             for k, image in enumerate(draw(generator, config, path.stem, maps, arguments, chosen_class)):
                 images.append(image.permute(1, 2, 0).cpu().numpy())
                 written.append(pool.submit(Image.fromarray(images[-1]).save, arguments.out / names[path][k]))
             if arguments.grid:
                 colors = colorize(maps[0].cpu().numpy().astype(np.uint8), np.array(state["palette"], np.uint8))
-                rows.append(np.concatenate([colors, *images], axis=1))
+                rows[path] = np.concatenate([colors, *images], axis=1)
         for task in written:
             task.result()
-    if arguments.grid:
-        Image.fromarray(np.concatenate(rows)).save(arguments.out / "grid.png")
-    print(f"{len(paths) * count} images of {state['config']['data']['size'][0]} x {state['config']['data']['size'][1]} "
-          f"pixels in {arguments.out}")
+    rows = {path: row for part in gather(rows) for path, row in part.items()}
+    if rank == 0:
+        if arguments.grid:
+            Image.fromarray(np.concatenate([rows[path] for path in paths])).save(arguments.out / "grid.png")
+        height, width = state["config"]["data"]["size"]
+        print(f"{len(paths) * count} images of {height} x {width} pixels in {arguments.out}")
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

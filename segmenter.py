@@ -8,7 +8,6 @@ Where none is given, a small U-Net is trained on the real training split; it sha
 
 import argparse
 import hashlib
-import os
 import sys
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from checkpoint import save_checkpoint
 from config import UserError, load_config
 from data import build_dataset
 from judges import file_sha256
@@ -258,18 +258,10 @@ def segmenter_for(config: dict, cache_dir: str | Path, device: torch.device | st
         key = repr((RECIPE, data_key(dataset, list(range(len(dataset)))), judges["segmenter_steps"]))
         path = Path(cache_dir) / f"segmenter-{hashlib.sha256(key.encode()).hexdigest()[:16]}.pt"
         if rank == 0 and not path.is_file():
-            save(train_segmenter(data_config, judges["segmenter_steps"], device), path)
+            save_checkpoint(train_segmenter(data_config, judges["segmenter_steps"], device), path)
         gather(None)  # the others wait for the file
         source = str(path)
     return load_segmenter(source, dataset.class_names, dataset.size, device, judges["segmenter_mapping"])
-
-
-def save(state: dict, path: Path) -> None:
-    """Write a trained segmenter, atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    torch.save(state, partial)
-    os.replace(partial, path)
 
 
 def validate(segmenter: Segmenter, data_config: dict, device: torch.device | str) -> dict:
@@ -291,7 +283,7 @@ def main() -> None:
     config = load_config(args.config, args.overrides)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     state = train_segmenter(config["data"], config["eval"]["segmenter_steps"], device)
-    save(state, args.out)
+    save_checkpoint(state, args.out)
     segmenter = load_segmenter(str(args.out), state["class_names"], state["size"], device)
     scores = validate(segmenter, config["data"], device)
     for name, iou in scores["class_iou"].items():

@@ -4,12 +4,15 @@ Everything goes to runs/NAME/: config.yaml, log.jsonl, metrics.jsonl, samples/ST
 """
 
 import argparse
+import errno
 import json
 import math
+import os
 import resource
 import signal
 import sys
 import time
+from itertools import takewhile
 from pathlib import Path
 
 import torch
@@ -19,7 +22,7 @@ from torch.utils.data import DataLoader
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
-from checkpoint import copy_checkpoint, load_checkpoint, save_checkpoint
+from checkpoint import copy_checkpoint, load_checkpoint, save_checkpoint, whole_file
 from config import UserError, load_config
 from data import build_dataset, quick_check
 from distributed import from_first_process, setup_distributed
@@ -78,19 +81,22 @@ def find_checkpoint(run: Path, config: dict, resume: bool) -> Path | None:
 
 
 def make_run(run: Path, config: dict) -> None:
-    """The folders of a run, its resolved configuration; what a killed process was writing is cleared away."""
+    """The folders of a run, its resolved configuration; what killed processes were writing is cleared away."""
     for folder in ("checkpoints", "samples"):
         (run / folder).mkdir(parents=True, exist_ok=True)
-    for leftover in (run / "checkpoints").glob("*.tmp"):
-        leftover.unlink()
-    (run / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    shared = [path for path in run.parent.glob("cache/*.tmp") if path.stat().st_mtime < time.time() - 3600]
+    for leftover in [*run.rglob("*.tmp"), *shared]:  # in the cache another run may be writing
+        leftover.unlink(missing_ok=True)
+    with whole_file(run / "config.yaml") as path:
+        path.write_text(yaml.safe_dump(config, sort_keys=False))
 
 
 def drop_lines_after(path: Path, step: int) -> None:
-    """Drop the lines of a .jsonl file that lie past `step` or are cut short: their run ended before it saved."""
+    """Cut a .jsonl file where its lines lie past `step` or are cut short: their run ended before it saved."""
     if path.exists():
-        lines = [line for line in path.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step]
-        path.write_text("".join(line + "\n" for line in lines))
+        kept = takewhile(lambda line: line.endswith(b"}\n") and json.loads(line)["step"] <= step,
+                         path.read_bytes().splitlines(keepends=True))
+        os.truncate(path, sum(map(len, kept)))  # not written anew, so that a kill loses nothing
 
 
 def append_line(path: Path, record: dict) -> None:
@@ -184,9 +190,10 @@ def main(config: dict, resume: bool) -> None:
     source = from_first_process(lambda: find_checkpoint(run, config, resume))
     dataset = build_dataset(config["data"], "train", seed, augment=True)
     held_out = build_dataset(config["data"], "val", seed)
-    if rank == 0:
-        quick_check(dataset)
-        quick_check(held_out)
+    for part in (dataset, held_out):
+        if rank == 0:
+            quick_check(part)
+        part.broken |= from_first_process(lambda: part.broken)  # named once, not by every process
     trainer = build_trainer(config, dataset.num_classes, device)
     check_fit(config, trainer, world_size)
     first, maps = start_networks(trainer, config, dataset, source)
@@ -203,6 +210,18 @@ def main(config: dict, resume: bool) -> None:
                         pin_memory=device.type == "cuda", worker_init_fn=leave_signals_to_parent)
     due = lambda every, step: step == train["steps"] or bool(every) and step % every == 0
     recorder = Recorder(run, first, config) if rank == 0 else None
+
+    def evaluate(step: int) -> None:
+        """Of the checkpoint just saved; best.pt comes before the record, which says that both are there."""
+        metrics = evaluate_generator(sampler_for(trainer.ema, config, rank == 0), held_out, config["eval"], device, cache,
+                                     segmenter, rank=rank, world_size=world_size)
+        if rank == 0:
+            if recorder.is_best(metrics):
+                copy_checkpoint(run / "checkpoints" / "latest.pt", run / "checkpoints" / "best.pt")
+            recorder.evaluation(step, metrics)
+
+    if source and due(train["eval_every"], first) and from_first_process(lambda: recorder.evaluated < first):
+        evaluate(first)  # the run ended after its save
     pending, since = [], time.time()
     bar = tqdm(loader, initial=first, total=train["steps"], disable=rank != 0, unit="step", dynamic_ncols=True)
     for step, batch in enumerate(bar, first + 1):
@@ -210,8 +229,8 @@ def main(config: dict, resume: bool) -> None:
         pending.append((step, trainer.step(image, label_map, step - 1, list(sampler.places), *instances)))
         stopping = stop_requested(bool(stop))
         logging, evaluating = due(train["log_every"], step), due(train["eval_every"], step)
-        saving = due(train["save_every"], step) or stopping
-        if logging or saving or evaluating:
+        saving = due(train["save_every"], step) or evaluating or stopping
+        if logging or saving:
             numbers = collect(pending)
             check_finite(numbers, run, trainer.rates)
             if rank == 0 and logging:
@@ -219,24 +238,20 @@ def main(config: dict, resume: bool) -> None:
                 recorder.log({"step": step, **values,
                               "images_per_second": len(pending) * train["batch_size"] / (time.time() - since),
                               **{name: train[name] for name in trainer.rates},
-                              "peak_memory_gib": peak_memory(device)})
+                              "peak_memory_gib": peak_memory(device),
+                              **({"broken_pairs": dataset.num_broken} if config["data"]["skip_broken"] else {})})
                 bar.set_postfix({name: f"{value:.3f}" for name, value in values.items()}, refresh=False)
             pending, since = [], time.time()
         sampling = due(train["sample_every"], step)
-        if sampling or saving or evaluating:
+        if sampling or saving:
             trainer.refresh(maps)
         if rank == 0 and sampling:
             write_samples(run / "samples" / f"{step:07d}.png", trainer, held_out)
         if rank == 0 and saving:
             save(run, step, config, dataset, trainer)
         if evaluating and not stopping:
-            metrics = evaluate_generator(sampler_for(trainer.ema, config, rank == 0), held_out, config["eval"], device,
-                                         cache, segmenter, rank=rank, world_size=world_size)
-            if rank == 0 and recorder.evaluation(step, metrics):
-                if not saving:
-                    save(run, step, config, dataset, trainer)
-                copy_checkpoint(run / "checkpoints" / "latest.pt", run / "checkpoints" / "best.pt")
-        since = time.time() if saving or evaluating else since
+            evaluate(step)
+        since = time.time() if saving else since
         if stopping:
             if rank == 0:
                 print(f"\nstopped at step {step}; saved {run}/checkpoints/latest.pt; go on with --resume")
@@ -250,11 +265,11 @@ def main(config: dict, resume: bool) -> None:
 
 
 def save(run: Path, step: int, config: dict, dataset, trainer) -> None:
-    """Write checkpoints/STEP.pt and latest.pt; drop the oldest beyond train.keep."""
+    """Write checkpoints/latest.pt and give it the second name STEP.pt; drop the oldest beyond train.keep."""
     folder = run / "checkpoints"
     save_checkpoint({"config": config, "class_names": dataset.class_names, "palette": dataset.palette.tolist(),
-                     "step": step, **trainer.state_dict()}, folder / f"{step:07d}.pt")
-    copy_checkpoint(folder / f"{step:07d}.pt", folder / "latest.pt")
+                     "step": step, **trainer.state_dict()}, folder / "latest.pt")
+    copy_checkpoint(folder / "latest.pt", folder / f"{step:07d}.pt")
     for old in sorted(folder.glob("[0-9]*.pt"))[: -config["train"]["keep"]]:
         old.unlink()
 
@@ -272,10 +287,11 @@ class Recorder:
         self.run, self.metric = run, config["eval"]["metric"]
         for name in ("log.jsonl", "metrics.jsonl"):
             drop_lines_after(run / name, first)
-        self.best, self.latest = math.inf, {}
+        self.best, self.latest, self.evaluated = math.inf, {}, -1
         if (run / "metrics.jsonl").exists():
             for line in (run / "metrics.jsonl").read_text().splitlines():
-                self.best = min(self.best, self.score(json.loads(line)))
+                self.latest = json.loads(line)
+                self.best, self.evaluated = min(self.best, self.score(self.latest)), self.latest.pop("step")
         try:
             from torch.utils.tensorboard import SummaryWriter
             self.events = SummaryWriter(run, purge_step=first)
@@ -291,14 +307,13 @@ class Recorder:
         append_line(self.run / "log.jsonl", record)
         self.add_events(record)
 
-    def evaluation(self, step: int, metrics: dict) -> bool:
-        """Record an evaluation; True if it is the best so far."""
+    def is_best(self, metrics: dict) -> bool:
+        return self.score(metrics) < self.best
+
+    def evaluation(self, step: int, metrics: dict) -> None:
         append_line(self.run / "metrics.jsonl", {"step": step, **metrics})
         self.add_events({"step": step, **metrics})
-        self.latest = metrics
-        better = self.score(metrics) < self.best
-        self.best = min(self.best, self.score(metrics))
-        return better
+        self.latest, self.best = metrics, min(self.best, self.score(metrics))
 
     def add_events(self, record: dict) -> None:
         for name, value in record.items():
@@ -328,3 +343,7 @@ if __name__ == "__main__":
         main(load_config(arguments.config, arguments.overrides), arguments.resume)
     except UserError as error:
         sys.exit(f"error: {str(error).splitlines()[-1]}")  # a loading process puts its traceback before the message
+    except OSError as error:  # of the log or the samples; checkpoints have their own message
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        sys.exit(f"error: runs: cannot be written ({error.strerror}); free space and go on with --resume")

@@ -1,7 +1,6 @@
 """Data sets, label conventions, errors, and the commands of data.py, on miniature trees."""
 
 import sys
-from io import BytesIO
 
 import numpy as np
 import pytest
@@ -366,6 +365,7 @@ def test_skip_broken(tmp_path, capfd):
     loader = torch.utils.data.DataLoader(build(), batch_size=2, num_workers=2)
     counted = loader.dataset
     capfd.readouterr()
+    data.say_once.cache_clear()
     for _ in range(2):
         assert torch.equal(torch.cat([images for images, _ in loader]), torch.stack(first))
     assert counted.num_broken == 2  # found in the loading processes
@@ -388,23 +388,6 @@ def test_nothing_but_broken_files(tmp_path):
     (tmp_path / "val/images/b.jpg").unlink()
     with pytest.raises(UserError, match="no label map"):
         data.build_dataset(settings(tmp_path, skip_broken=True), "val")
-
-
-def test_altered_label_files_never_end_in_a_traceback(tmp_path):
-    buffer = BytesIO()
-    palette_picture(ids(0, 1, 2)).save(buffer, "png")
-    rng, path, whole = np.random.default_rng(0), tmp_path / "x.png", np.frombuffer(buffer.getvalue(), np.uint8)
-    read = 0
-    for _ in range(400):
-        altered = whole.copy()
-        altered[rng.integers(0, len(whole), rng.integers(1, 5))] = rng.integers(0, 256)
-        path.write_bytes(altered[:rng.integers(1, len(whole) + 1)].tobytes() if rng.random() < 0.2 else altered.tobytes())
-        try:
-            label = labels.read_label_file(path, 3, labels.default_palette(3))
-            read += label.max() <= 3
-        except UserError:
-            pass
-    assert read < 400
 
 
 # --- commands -------------------------------------------------------------------------------------------------------

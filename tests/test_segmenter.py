@@ -10,7 +10,8 @@ import torch
 from config import UserError
 from data import build_dataset
 from metrics import Tally, segmentation_scores
-from segmenter import Segmenter, SmallUNet, class_weights, load_segmenter, save, segmenter_for, train_segmenter, validate
+from checkpoint import save_checkpoint
+from segmenter import Segmenter, SmallUNet, class_weights, load_segmenter, segmenter_for, train_segmenter, validate
 
 JUDGES = {"segmenter": None, "segmenter_steps": 40, "segmenter_mapping": None}
 
@@ -91,7 +92,7 @@ def test_wrong_files_and_mappings_are_one_line(config, tmp_path):
     names, size = ["a", "b", "c"], (16, 24)
     (tmp_path / "noise.pt").write_bytes(b"nothing")
     torch.jit.trace(ByChannel(), torch.rand(1, 3, 16, 24)).save(str(tmp_path / "judge.pt"))
-    save(train_segmenter(config["data"], 1, "cpu"), tmp_path / "other.pt")
+    save_checkpoint(train_segmenter(config["data"], 1, "cpu"), tmp_path / "other.pt")
     for source, mapping, text in [("absent.pt", None, "absent.pt is not a file"), ("noise.pt", None, "noise.pt: cannot be loaded"),
                                   ("judge.pt", [0, 1, 7], "7 is no class; use 0 to 2"),
                                   ("judge.pt", [0, 1], "3 classes, but 2 are mapped"),
