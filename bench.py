@@ -2,6 +2,7 @@
 
     python bench.py [--config FILE] [--out FILE] [key.path=value ...]    a training step part by part, sampling
     python bench.py --cost [--out FILE]                                  DP-SIMS, OASIS and SDM at published size
+    python bench.py --growth [--config FILE] [--out FILE] [key.path=value ...]    a step against batch, size and classes
 
 Networks have random weights, which cost the same. Everything is timed on the device that training would use, bf16 on a
 GPU and float32 on a CPU (OMP_NUM_THREADS sets its threads). FLOPs are torch's count: a multiplication and an addition
@@ -213,6 +214,28 @@ def cost_table() -> dict:
     return rows
 
 
+def bench_growth(config: dict, device: torch.device, steps: int) -> list[dict]:
+    """Time of a step on random images and rendered label maps: the configuration's, then with one thing changed."""
+    height, width = config["data"]["size"]
+    base = {"batch_size": config["train"]["batch_size"], "size": (height, width), "classes": 12}
+    changes = [{}, *({"batch_size": base["batch_size"] * factor} for factor in (2, 4)),
+               *({"size": (height * factor, width * factor)} for factor in (2, 4)), *({"classes": n} for n in (151, 183))]
+    rows = []
+    print(f"{'batch':>8}{'size':>12}{'classes':>9}{'s/step':>10}{'time':>9}{'pixels':>9}")
+    for change in changes:
+        batch, size, classes = {**base, **change}.values()
+        data = {**config["data"], "size": list(size)}
+        trainer = build_trainer({**config, "data": data, "train": {**config["train"], "batch_size": batch}}, classes, device)
+        images = torch.randint(0, 256, (batch, 3, *size), dtype=torch.uint8, device=device)
+        maps, step = drawn_maps(batch, classes, size, device), iter(range(steps + 2))
+        time_of_step = seconds(lambda: trainer.step(images, maps, next(step), list(range(batch))), device, steps)
+        rows.append({"batch_size": batch, "size": size, "classes": classes, "seconds_per_step": time_of_step})
+        pixels = batch * size[0] * size[1] / (base["batch_size"] * height * width)
+        print(f"{batch:>8}{f'{size[0]} x {size[1]}':>12}{classes:>9}{time_of_step:>10.3f}"
+              f"{time_of_step / rows[0]['seconds_per_step']:>8.2f}x{pixels:>8.0f}x", flush=True)
+    return rows
+
+
 def chain(sampling: dict) -> str:
     """What the figures of an image by diffusion rest on."""
     return ("{steps} steps at guidance {guidance:g}, extrapolated from the measured label encoding and one measured step"
@@ -223,6 +246,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=Path(__file__).parent / "config.yaml")
     parser.add_argument("--cost", action="store_true", help="the three systems at published size")
+    parser.add_argument("--growth", action="store_true", help="a training step against batch, size and classes")
     parser.add_argument("--steps", type=int, default=10, help="training steps that are timed")
     parser.add_argument("--out", type=Path, metavar="FILE", help="JSON")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
@@ -230,6 +254,8 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if args.cost:
         result = cost_table()
+    elif args.growth:
+        result = {"growth": bench_growth(load_config(args.config, args.overrides), device, args.steps)}
     else:
         config, peak = load_config(args.config, args.overrides), matrix_peak(device)
         sampling, training = bench_sampling(config, device), bench_training(config, device, args.steps)
