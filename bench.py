@@ -3,12 +3,14 @@
     python bench.py [--config FILE] [--out FILE] [key.path=value ...]    a training step part by part, sampling
     python bench.py --cost [--out FILE]                                  DP-SIMS, OASIS and SDM at published size
     python bench.py --growth [--config FILE] [--out FILE] [key.path=value ...]    a step against batch, size and classes
+    python bench.py --official DIR [--out FILE]                          our OASIS against a clone of boschresearch/OASIS
 
 Networks have random weights, which cost the same. Everything is timed on the device that training would use, bf16 on a
 GPU and float32 on a CPU (OMP_NUM_THREADS sets its threads). FLOPs are torch's count: a multiplication and an addition
 are two; lookups and element-wise work count nothing. The peak that a share refers to is that of a matrix product of
 4096 x 4096 (2048 x 2048 on a CPU) measured here in the same precision. Images by diffusion are extrapolated: the encoding
 of the label map and one step, both passes of guidance, are measured, and the step counts diffusion.steps times.
+--official runs the published code as it is (float32, one image, 256 x 256, ADE20K's recipe; its step without EMA).
 """
 
 import argparse
@@ -21,6 +23,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -236,6 +239,63 @@ def bench_growth(config: dict, device: torch.device, steps: int) -> list[dict]:
     return rows
 
 
+def official_oasis(folder: Path, device: torch.device) -> tuple[torch.nn.Module, object]:
+    """The published networks and losses, of the recipe for ADE20K, from a clone of boschresearch/OASIS. Raises UserError."""
+    if not (folder / "models/models.py").is_file():
+        raise UserError(f"{folder}: no models/models.py; give the folder of a clone of github.com/boschresearch/OASIS")
+    options = SimpleNamespace(
+        phase="train", continue_train=False, no_EMA=False, add_vgg_loss=False, no_labelmix=False, lambda_labelmix=10.0,
+        no_balancing_inloss=False, contain_dontcare_label=True, no_spectral_norm=False, channels_G=64, num_res_blocks=6,
+        no_3dnoise=False, semantic_nc=151, z_dim=64, crop_size=256, aspect_ratio=1.0, spade_ks=3,
+        param_free_norm="syncbatch", gpu_ids="0" if device.type == "cuda" else "-1")
+    ours = sys.modules.pop("models")  # their package has the name of our module
+    sys.path.insert(0, str(folder))
+    try:
+        from models.losses import losses_computer
+        from models.models import OASIS_model
+        return OASIS_model(options).to(device), losses_computer(options)
+    finally:
+        sys.path.remove(str(folder))
+        sys.modules["models"] = ours
+
+
+def bench_official(folder: Path, device: torch.device) -> dict:
+    """Seconds of a sample and of a training step: published code, ours, and what else there is to compare."""
+    configs = {name: load_config(Path(__file__).parent / path) for name, path in COST_CONFIGS.items()}
+    config = {**configs["OASIS"], "train": {**configs["OASIS"]["train"], "batch_size": 1}}
+    maps = drawn_maps(1, 150, (256, 256), device)
+    image = torch.randint(0, 256, (1, 3, 256, 256), dtype=torch.uint8, device=device)
+    official, criterion = official_oasis(folder, device)
+    one_hot = torch.nn.functional.one_hot((maps.long() + 1) % 151, 151).permute(0, 3, 1, 2).float().contiguous()
+    adam = lambda network, rate: torch.optim.Adam(network.parameters(), rate, (0.0, 0.999))
+    optimizers = adam(official.netG, 1e-4), adam(official.netD, 4e-4)
+
+    def official_step() -> None:
+        for mode, optimizer in zip(("losses_G", "losses_D"), optimizers):
+            official.zero_grad()
+            official(image.float() / 127.5 - 1, one_hot, mode, criterion)[0].backward()
+            optimizer.step()
+
+    def our_step(fresh_fakes: bool) -> Callable:
+        trainer = build_trainer({**config, "train": {**config["train"], "fresh_fakes": fresh_fakes}}, 150, device)
+        return lambda: trainer.step(image, maps, 0, [0])
+
+    steps = {"official": official_step, "ours": our_step(True), "ours, one fake batch": our_step(False)}
+    result = {"training step": {name: seconds(step, device, 2, 1) for name, step in steps.items()}}
+    networks = {name: build_network("generator", configs[name], 150).to(device, memory_format=torch.channels_last).eval()
+                for name in ("OASIS", "DP-SIMS")}
+    z = torch.randn(1, 64, device=device)
+    samples = {"official": lambda: official(None, one_hot, "generate", None), "ours": lambda: networks["OASIS"](maps, z),
+               "DP-SIMS": lambda: networks["DP-SIMS"](maps, z[:, : networks["DP-SIMS"].z_dim])}
+    official.eval()
+    with torch.no_grad():
+        result["sample"] = {name: seconds(sample, device, 3, 1) for name, sample in samples.items()}
+    for what, times in result.items():
+        for name, value in times.items():
+            print(f"{what:15}{name:22}{value:8.2f} s{times['official'] / value:8.2f}x")
+    return result
+
+
 def chain(sampling: dict) -> str:
     """What the figures of an image by diffusion rest on."""
     return ("{steps} steps at guidance {guidance:g}, extrapolated from the measured label encoding and one measured step"
@@ -247,6 +307,7 @@ def main() -> None:
     parser.add_argument("--config", type=Path, default=Path(__file__).parent / "config.yaml")
     parser.add_argument("--cost", action="store_true", help="the three systems at published size")
     parser.add_argument("--growth", action="store_true", help="a training step against batch, size and classes")
+    parser.add_argument("--official", type=Path, metavar="DIR", help="our OASIS against the published code in DIR")
     parser.add_argument("--steps", type=int, default=10, help="training steps that are timed")
     parser.add_argument("--out", type=Path, metavar="FILE", help="JSON")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
@@ -254,6 +315,8 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if args.cost:
         result = cost_table()
+    elif args.official:
+        result = bench_official(args.official, device)
     elif args.growth:
         result = {"growth": bench_growth(load_config(args.config, args.overrides), device, args.steps)}
     else:

@@ -6,7 +6,7 @@ from conftest import TINY
 
 import bench
 import diffusion
-from config import check_config
+from config import UserError, check_config
 from gan import build_network
 
 SDM = {**TINY, "data": {**TINY["data"], "size": [16, 16]}, "discriminator": {}, "loss": {},
@@ -36,3 +36,16 @@ def test_parts_make_up_the_training_step(given, networks):
     assert sum(parts.values()) == pytest.approx(1) and min(parts.values()) > 0 and set(result["parameters"]) == networks
     assert {f"{name} loss backward" for name in networks} | {"data wait", "generator forward", "optimizers"} <= set(parts)
     assert result["flops_per_step"] > 0
+
+
+def test_growth_changes_one_thing_at_a_time():
+    rows = bench.bench_growth(check_config(TINY, "tiny"), CPU, steps=1)
+    base, *changed = [{name: row[name] for name in ("batch_size", "size", "classes")} for row in rows]
+    assert [[name for name in base if row[name] != base[name]] for row in changed] == (
+        [["batch_size"]] * 2 + [["size"]] * 2 + [["classes"]] * 2)
+    assert min(row["seconds_per_step"] for row in rows) > 0
+
+
+def test_official_code_missing(tmp_path):
+    with pytest.raises(UserError, match="no models/models.py; give the folder of a clone"):
+        bench.official_oasis(tmp_path, CPU)
