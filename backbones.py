@@ -49,7 +49,10 @@ def load_timm(name: str, pretrained: bool = True, weights: str | None = None, **
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         if not pretrained:
-            return timm.create_model(name, pretrained=False, **kwargs).eval()
+            try:
+                return timm.create_model(name, pretrained=False, **kwargs).eval()
+            except RuntimeError as error:  # the part of the name behind the dot
+                raise UserError(f"backbone {name!r}: {_first_line(error)}; timm.list_models(pretrained=True) lists them") from error
         if weights is not None and not Path(weights).is_file():
             raise UserError(f"weights of {name}: {weights} is not a file")
         packaged = packaged_weights(name)
@@ -126,6 +129,9 @@ class Backbone(nn.Module):
         self.conditioning, self.input_scale = conditioning, input_scale
         self.channels = [info["num_chs"] for info in network.feature_info]
         self.strides = [info["reduction"] for info in network.feature_info]
+        if len(set(self.strides)) < 3:
+            raise UserError(f"backbone {name!r}: features at {len(set(self.strides))} scale; choose a network with several, "
+                            "convolutional or hierarchical")
         cfg = network.pretrained_cfg
         self.register_buffer("input_mean", torch.tensor(cfg["mean"]).view(3, 1, 1), persistent=False)
         self.register_buffer("input_std", torch.tensor(cfg["std"]).view(3, 1, 1), persistent=False)

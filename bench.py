@@ -5,8 +5,8 @@
     python bench.py --growth [--config FILE] [--out FILE] [key.path=value ...]    a step against batch, size and classes
     python bench.py --official DIR [--out FILE]                          our OASIS against a clone of boschresearch/OASIS
 
-Networks have random weights, which cost the same. Everything is timed on the device that training would use, bf16 on a
-GPU and float32 on a CPU (OMP_NUM_THREADS sets its threads). FLOPs are torch's count: a multiplication and an addition
+Networks have random weights, which cost the same. Everything is timed on the device that training would use, on a GPU in
+bf16 (but for the samples of GANs, which sample.py draws in float32) and on a CPU in float32 (OMP_NUM_THREADS threads). FLOPs are torch's count: a multiplication and an addition
 are two; lookups and element-wise work count nothing. The peak that a share refers to is that of a matrix product of
 4096 x 4096 (2048 x 2048 on a CPU) measured here in the same precision. Images by diffusion are extrapolated: the encoding
 of the label map and one step, both passes of guidance, are measured, and the step counts diffusion.steps times.
@@ -32,7 +32,7 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
 import scenes
-from config import UserError, load_config
+from config import UserError, load_config, one_line
 from data import build_dataset
 from gan import build_network
 from labels import label_format
@@ -170,24 +170,26 @@ def sampling_cost(measure: Callable, generator: torch.nn.Module, maps: torch.Ten
         z = torch.randn(len(maps), generator.z_dim, device=maps.device)
         return measure(lambda: generator(maps, z))
     guided, steps = config["diffusion"]["guidance"] != 1, config["diffusion"]["steps"]
-    encoding = measure(lambda: generator.encode_labels(maps, guided=guided))
-    features = generator.encode_labels(maps, guided=guided)
     noisy, t = torch.randn(len(maps), 3, *maps.shape[1:], device=maps.device), torch.zeros(len(maps), device=maps.device)
-    return encoding + steps * measure(lambda: generator(noisy, t, features))
+    with torch.autocast(maps.device.type, torch.bfloat16, enabled=maps.device.type == "cuda"):
+        encoding = measure(lambda: generator.encode_labels(maps, guided=guided))
+        features = generator.encode_labels(maps, guided=guided)
+        return encoding + steps * measure(lambda: generator(noisy, t, features))
 
 
 @torch.no_grad()
 def bench_sampling(config: dict, device: torch.device, batches=(1, 2, 4, 8, 16), repeat: int = 3) -> dict:
     """Latency at batch 1 and the best throughput over `batches`, each the median of `repeat` runs; FLOPs an image."""
     form, size = label_format(config["data"]), config["data"]["size"]
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     generator = build_network("generator", config, form.num_classes).eval()
     generator = generator.to(device, memory_format=torch.channels_last)
     times = {}
-    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        count = sampling_cost(flops, generator, drawn_maps(1, form.num_classes, size, device), config)  # and a warm-up
-        for batch in batches:
-            maps = drawn_maps(batch, form.num_classes, size, device)
-            times[batch] = sampling_cost(lambda call: seconds(call, device, repeat, warm_up=0), generator, maps, config)
+    count = sampling_cost(flops, generator, drawn_maps(1, form.num_classes, size, device), config)  # and a warm-up
+    for batch in batches:
+        maps = drawn_maps(batch, form.num_classes, size, device)
+        times[batch] = sampling_cost(lambda call: seconds(call, device, repeat, warm_up=0), generator, maps, config)
     best = max(times, key=lambda batch: batch / times[batch])
     return {"latency_seconds": times[1], "images_per_second": best / times[best], "at_batch": best, "flops_per_image": count,
             "parameters": count_parameters(generator), "peak_memory_gib": peak_memory(device),
@@ -321,7 +323,7 @@ def main() -> None:
         result = {"growth": bench_growth(load_config(args.config, args.overrides), device, args.steps)}
     else:
         config, peak = load_config(args.config, args.overrides), matrix_peak(device)
-        sampling, training = bench_sampling(config, device), bench_training(config, device, args.steps)
+        training, sampling = bench_training(config, device, args.steps), bench_sampling(config, device)
         result = {"training": training, "sampling": sampling, "matrix_product_flops_per_second": peak}
         print(f"training, batch {training['batch_size']}: {training['seconds_per_step']:.3f} s a step, "
               f"{training['images_per_second']:.1f} images/s, {training['flops_per_step'] / 1e9:.1f} GFLOP a step, "
@@ -342,4 +344,4 @@ if __name__ == "__main__":
     try:
         main()
     except UserError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {one_line(error)}")

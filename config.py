@@ -6,6 +6,7 @@ The sections `generator` and `discriminator` take a `name` and the arguments of 
 import copy
 import difflib
 import inspect
+import re
 import reprlib
 import types
 from pathlib import Path
@@ -15,6 +16,11 @@ import yaml
 
 class UserError(Exception):
     """An error the user can mend: one line that names the file, the value and the remedy."""
+
+
+def one_line(error: UserError) -> str:
+    """Its text; one raised in a loading process comes with the traceback of that process, and ends with the text."""
+    return re.sub(r"^\w+\.\w+: ", "", str(error).strip().splitlines()[-1])
 
 
 def shorten(value) -> str:
@@ -224,12 +230,19 @@ def _check_values(config: dict, source: str) -> None:
     need(config["data"]["load_scale"] >= 1, "data.load_scale", "it is at least 1")
     need(config["backbone"]["conditioning"] in ("both", "normalize", "sigmoid", "none"), "backbone.conditioning",
          "it is both, normalize, sigmoid or none")
-    for key in ("batch_size", "accumulation", "log_every", "keep"):
-        need(train[key] > 0, f"train.{key}", "it is at least 1")
-    for key in ("steps", "sample_every", "eval_every", "save_every"):
-        need(train[key] >= 0, f"train.{key}", "it is not negative")
-    need(len(config["loss"]["diversity_margin"]) == 3, "loss.diversity_margin", "give three shares")
-    need(len(train["betas"]) == 2, "train.betas", "Adam has two")
+    for section, least, keys in (
+            ("train", 1, ("steps", "batch_size", "accumulation", "log_every", "keep")),
+            ("train", 0, ("sample_every", "eval_every", "save_every", "lr_generator", "lr_discriminator", "ema")),
+            ("data", 1, ("calibration_images",)), ("data", 0, ("workers",)),
+            ("loss", 1, ("diversity_every", "contrastive_patches")),
+            ("eval", 1, ("batch_size", "segmenter_steps", "diversity_maps", "kid_subsets")), ("eval", 0, ("num_images",))):
+        for key in keys:
+            need(config[section][key] >= least, f"{section}.{key}", f"it is at least {least}")
+    need(config["seed"] >= 0, "seed", "it is at least 0")
+    need(config["backbone"]["input_scale"] > 0, "backbone.input_scale", "it is above 0")
+    need(train["ema"] < 1, "train.ema", "it is a share from 0 to below 1")
+    need(numbers(config["loss"]["diversity_margin"], 3), "loss.diversity_margin", "give three shares")
+    need(numbers(train["betas"], 2) and max(map(float, train["betas"])) < 1, "train.betas", "Adam has two, from 0 to below 1")
     diffusion = config["diffusion"]
     for key in ("steps", "sheet_steps"):
         need(2 <= diffusion[key] <= 1000, f"diffusion.{key}", "it is 2 to 1000")
@@ -240,5 +253,13 @@ def _check_values(config: dict, source: str) -> None:
          "without dropped label maps (diffusion.drop_labels) nothing is learned that it could use: set 1")
     need(not config["data"]["instances"] or config["generator"].get("instance_edges", False), "data.instances",
          "only generator.name=sdm with generator.instance_edges=true uses instance maps")
-    need(config["loss"]["diversity_every"] > 0, "loss.diversity_every", "it is at least 1")
-    need(bool(config["name"]) and not set(config["name"]) & set('/\\'), "name", "it is the name of one folder")
+    need(config["name"] not in ("", ".", "..", "cache") and not set(config["name"]) & set('/\\'), "name",
+         "it is the name of one folder, and runs/cache is taken")
+
+
+def numbers(values: list, count: int) -> bool:
+    """Whether a list has `count` numbers that are finite and not negative; YAML reads 1e-4 as text."""
+    try:
+        return len(values) == count and all(0 <= float(value) < float("inf") for value in values)
+    except (TypeError, ValueError):
+        return False

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from config import UserError, load_config
+from config import UserError, load_config, one_line
 from data import LAYOUTS, SPLITS, LabeledImages, UnequalSizes, build_dataset, in_threads, list_pairs
 from labels import Unreadable, WrongLabel, colorize
 
@@ -158,6 +158,10 @@ def main(description: str) -> None:
         command.add_argument("overrides", nargs="*", metavar="key.path=value")
     arguments = parser.parse_args()
     try:
+        if arguments.function is not check and arguments.count < 0 or arguments.function is show and not arguments.count:
+            raise UserError(f"--count {arguments.count}: ask for at least one pair")
+        if arguments.function is show and arguments.out.suffix.lower() not in (".png", ".jpg"):
+            raise UserError(f"--out {arguments.out}: name a .png or .jpg file")
         arguments.function(load_config(arguments.config, arguments.overrides), arguments)
     except UserError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {one_line(error)}")

@@ -178,7 +178,7 @@ def sample(unet: SDMUNet, label_map: Tensor, noise: Iterator[Tensor], steps: int
     half = torch.autocast(label_map.device.type, torch.bfloat16, enabled=label_map.device.type == "cuda")
     with half:
         features = unet.encode_labels(label_map, instances, guided=guidance != 1)
-    x = next(noise).to(label_map.device)
+    x = next(noise).to(label_map.device, non_blocking=True)
     for index in tqdm(range(steps - 1, -1, -1), desc="sampling", unit="step", leave=False, disable=not progress):
         with half:
             output = unet(x, s.t[index].expand(len(x)), features)
@@ -187,7 +187,7 @@ def sample(unet: SDMUNet, label_map: Tensor, noise: Iterator[Tensor], steps: int
         if sampler == "ddim":
             x = ddim_step(x, output, index, s)
         else:
-            x = ancestral_step(x, output, index, next(noise).to(x.device), s)
+            x = ancestral_step(x, output, index, next(noise).to(x.device, non_blocking=True), s)
     return x
 
 
@@ -260,7 +260,7 @@ class Diffusion:
             rng = np.random.default_rng((self.config["seed"], step, place))
             drawn.append((rng.integers(TRAIN_STEPS), rng.random() < self.config["diffusion"]["drop_labels"],
                           rng.standard_normal((3, *size), dtype=np.float32)))
-        return tuple(torch.from_numpy(np.stack(column)).to(self.device) for column in zip(*drawn))
+        return tuple(torch.from_numpy(np.stack(column)).to(self.device, non_blocking=True) for column in zip(*drawn))
 
     def sheet(self, label_map: Tensor, palette: Tensor, instances: Tensor | None = None) -> list[Tensor]:
         """Rows of a sample sheet for label maps (B, H, W), each (B, 3, H, W) in [0, 1]: two samples, in

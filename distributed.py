@@ -5,11 +5,15 @@ import os
 import torch
 import torch.distributed as dist
 
+from config import UserError
+
 
 def setup_distributed() -> tuple[int, int, torch.device]:
-    """Join the process group that torchrun set up, if any; returns rank, world size and device."""
+    """Join the process group that torchrun set up, if any; returns rank, world size and device. Raises UserError."""
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        if device.index >= torch.cuda.device_count():
+            raise UserError(f"more processes than GPUs: there are {torch.cuda.device_count()}; lower --nproc_per_node")
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")

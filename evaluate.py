@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from checkpoint import load_generator
-from config import UserError, apply_overrides, check_config, load_config
+from config import UserError, apply_overrides, check_config, load_config, one_line
 from data import IMAGE_SUFFIXES, LAYOUTS, LabeledImages, build_dataset, read_image
 from distributed import setup_distributed
 from labels import label_format, open_image
@@ -188,8 +188,8 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except UserError as error:  # one raised in a loading process brings its traceback along; the line is its last
-        sys.exit("error: " + str(error).strip().splitlines()[-1].removeprefix("config.UserError: "))
+    except UserError as error:
+        sys.exit(f"error: {one_line(error)}")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -32,7 +32,7 @@ def build_network(kind: str, config: dict, num_classes: int, **extra) -> nn.Modu
 def noise(keys: list[tuple[int, ...]], z_dim: int, device) -> torch.Tensor:
     """Standard normal noise (len(keys), z_dim); each row depends on its key of non-negative integers alone."""
     rows = [np.random.default_rng(key).standard_normal(z_dim, dtype=np.float32) for key in keys]
-    return torch.from_numpy(np.stack(rows)).to(device)
+    return torch.from_numpy(np.stack(rows)).to(device, non_blocking=True)
 
 
 def compile_networks(networks: list[nn.Module], device: torch.device) -> None:
@@ -119,7 +119,7 @@ class GAN:
             Each loss as a scalar tensor on the device, of this process alone.
         """
         loss, rounds = self.config["loss"], self.config["train"]["accumulation"]
-        counts = torch.bincount(label_map.flatten().int(), minlength=self.num_classes + 1).double()
+        counts = losses.class_counts(label_map, self.num_classes + 1)
         all_reduce([counts], average=False)
         weights = losses.class_weights(counts, loss["class_balancing"])
         image = image.to(memory_format=torch.channels_last)
@@ -164,7 +164,8 @@ class GAN:
     def _round(self, real, label_map, weights, step, samples, generator: bool, discriminator: bool) -> dict[str, torch.Tensor]:
         """Add to the gradients of the networks that are asked for. Both share one fake batch; the discriminator alone
         gets a fresh one, from a noise of its own. Where diversity is asked for, the fake batch is two samples of every
-        other label map."""
+        other label map; with an odd number of images here that is one more than the real ones, and then the gradient
+        of several processes is not quite that of one."""
         loss, seed = self.config["loss"], self.config["seed"]
         draw = lambda stream: noise([(seed, step, s, stream) for s in samples], self.generator.z_dim, self.device)
         diverse = generator and bool(loss["diversity"]) and step % loss["diversity_every"] == 0
@@ -243,7 +244,7 @@ class GAN:
             rng = np.random.default_rng((self.config["seed"], step, s, 2))
             regional = rng.random() < self.config["loss"]["diversity_regional"]
             keep.append((rng.random(self.num_classes + 1) < rng.random()) | (not regional))
-        keep = torch.from_numpy(np.stack(keep)).to(self.device)
+        keep = torch.from_numpy(np.stack(keep)).to(self.device, non_blocking=True)
         return keep.gather(1, label_map.flatten(1)).view_as(label_map)
 
     def state_dict(self) -> dict:

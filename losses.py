@@ -7,6 +7,13 @@ import torch.nn.functional as F
 from distributed import all_reduce
 
 
+def class_counts(label_map: torch.Tensor, num_ids: int) -> torch.Tensor:
+    """Pixels of every id of (B, H, W) maps: float64 (num_ids,). torch.bincount would make the host wait for a GPU."""
+    ids = label_map.flatten().long()
+    return torch.zeros(num_ids, dtype=torch.float64, device=ids.device).scatter_add_(
+        0, ids, torch.ones(1, dtype=torch.float64, device=ids.device).expand(len(ids)))
+
+
 def class_weights(counts: torch.Tensor, power: float = 1.0) -> torch.Tensor:
     """Class weights alpha_c proportional to count_c ** -power, 0 for absent classes, so scaled that all pixels average 1.
 
@@ -66,7 +73,7 @@ class PatchContrast(nn.Module):
         """Features of fake and real images, (B, C_l, h_l, w_l) a scale; `draw` picks the places."""
         loss = 0
         for head, f, r in zip(self.heads, fake, real):
-            places = torch.randperm(f.shape[2] * f.shape[3], generator=draw)[: self.num_patches].to(f.device)
+            places = torch.randperm(f.shape[2] * f.shape[3], generator=draw)[: self.num_patches].to(f.device, non_blocking=True)
             f, r = (F.normalize(head(x.flatten(2)[:, :, places].transpose(1, 2)).float(), dim=-1) for x in (f, r))
             similarity = f @ r.transpose(1, 2) / self.temperature
             target = torch.arange(len(places), device=f.device).expand(len(f), -1)

@@ -382,7 +382,7 @@ def describe(dataset: Dataset, num_images: int, network: FeatureNetwork, segment
         "num_images": num_images,
         "split": dataset.split,
         "size": list(dataset.size),
-        "real_image_resize": "bicubic, antialiased (Pillow)",
+        "real_image_resize": "bicubic, antialiased, reducing_gap 2; JPEG by draft decoding (Pillow)",
         "label_resize": "nearest",
         "features": network.description,
         "kid": {key: eval_config[f"kid_{key}"] for key in ("subsets", "subset_size")},

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch.nn.utils.parametrizations import spectral_norm
 from torch.utils.checkpoint import checkpoint
 
+from config import UserError
+
 
 def upsample(x: torch.Tensor, size) -> torch.Tensor:
     """Bilinear resize to `size` (H, W)."""
@@ -45,6 +47,8 @@ class SelfAttention(nn.Module):
     def __init__(self, channels: int, head_channels: int = 64):
         super().__init__()
         self.heads = max(1, channels // head_channels)
+        if channels % self.heads:
+            raise UserError(f"generator.channels: {channels} at a scale with attention; choose a multiple of {head_channels}")
         self.to_qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.to_out = nn.Conv2d(channels, channels, 1)
 
@@ -80,7 +84,7 @@ class NoiseCrossAttention(nn.Module):
         query = self.to_q(pixel_norm(x)).flatten(2).transpose(1, 2)
         out = self.attend(query, style)
         if region is not None:
-            out = torch.lerp(out, self.attend(query, style2), region.flatten(2).transpose(1, 2))
+            out = torch.lerp(out, self.attend(query, style2), region.flatten(2).transpose(1, 2).to(out.dtype))
         return x + self.to_out(out.transpose(1, 2).reshape(x.shape))
 
 
@@ -121,6 +125,10 @@ class Generator(nn.Module):
                  style_dim: int = 256, num_tokens: int = 16, noise: str = "cross_attention", attention_scales: int = 2,
                  checkpointing: bool = False):
         super().__init__()
+        if noise not in ("cross_attention", "concat", "none"):
+            raise UserError(f"generator.noise: {noise!r}; it is cross_attention, concat or none")
+        if not channels or not all(isinstance(c, int) and c > 0 for c in channels):
+            raise UserError(f"generator.channels: {list(channels)}; give a width for each scale, the finest first")
         self.num_classes, self.z_dim, self.noise, self.checkpointing = num_classes, z_dim, noise, checkpointing
         self.divisor = 2 ** (len(channels) - 1)
         scales = range(len(channels))

@@ -314,6 +314,7 @@ class OASISDiscriminator(nn.Module):
 
     def __init__(self, num_classes: int, channels: int = 64):
         super().__init__()
+        self.divisor = 2**BLOCKS
         widths = [channels * factor for factor in (2, 2, 4, 4, 8, 8)]
         self.down = nn.ModuleList(
             DiscriminatorBlock(*pair, up=False, first=pair[0] == 3) for pair in pairwise([3, *widths]))
@@ -340,7 +341,7 @@ def labelmix_mask(label_map: Tensor, num_classes: int, generator: torch.Generato
     """A fair coin for each class (void too), one for the whole batch: bool (B, 1, H, W), True = real. The published
     code writes coins into the map that it still searches, so that ids 0 and 1 can be drawn twice; here the map is
     only read. `generator` is on the CPU."""
-    coins = torch.randint(2, (num_classes + 1,), generator=generator).bool().to(label_map.device)
+    coins = torch.randint(2, (num_classes + 1,), generator=generator).bool().to(label_map.device, non_blocking=True)
     return coins[label_map].unsqueeze(1)
 
 
@@ -375,11 +376,6 @@ def _in_our_order(name: str, tensor: Tensor, network: nn.Module) -> Tensor:
     if name == "first.weight" or name.endswith(".shared.weight"):
         return torch.cat([tensor[:, :network.z_dim], tensor[:, network.z_dim:].roll(-1, dims=1)], dim=1)
     return torch.cat([tensor[2:], tensor[:2].flip(0)]) if name.startswith("to_logits.") else tensor
-
-
-def is_official(state: Mapping) -> bool:
-    """Whether a loaded file is a state dict of the official generator or discriminator."""
-    return "conv_img.weight" in state or "layer_up_last.weight" in state
 
 
 def load_official(network: nn.Module, state: Mapping[str, Tensor], source: str) -> None:

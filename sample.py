@@ -28,7 +28,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from checkpoint import load_generator
-from config import UserError, apply_overrides, check_config
+from config import UserError, apply_overrides, check_config, one_line
 from data import read_instance_map
 from distributed import setup_distributed
 from labels import colorize, label_format, read_label_file
@@ -205,4 +205,4 @@ if __name__ == "__main__":
     try:
         main(parser.parse_args())
     except UserError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {one_line(error)}")

@@ -18,9 +18,10 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from checkpoint import save_checkpoint
-from config import UserError, load_config
+from config import UserError, load_config, one_line
 from data import build_dataset
 from judges import file_sha256
+from labels import label_format
 from metrics import confusion_matrix, data_key, gather, segmentation_scores
 
 BATCH_SIZE, LEARNING_RATE, WEIGHT_DECAY = 16, 4e-3, 0.02
@@ -252,16 +253,17 @@ def segmenter_for(config: dict, cache_dir: str | Path, device: torch.device | st
     Under torch.distributed every process calls it; the first one trains.
     """
     data_config, judges = config["data"], config["eval"]
-    dataset = build_dataset(data_config, "train")
     source = judges["segmenter"]
     if source is None:
+        dataset = build_dataset(data_config, "train")
         key = repr((RECIPE, data_key(dataset, list(range(len(dataset)))), judges["segmenter_steps"]))
         path = Path(cache_dir) / f"segmenter-{hashlib.sha256(key.encode()).hexdigest()[:16]}.pt"
         if rank == 0 and not path.is_file():
             save_checkpoint(train_segmenter(data_config, judges["segmenter_steps"], device), path)
         gather(None)  # the others wait for the file
         source = str(path)
-    return load_segmenter(source, dataset.class_names, dataset.size, device, judges["segmenter_mapping"])
+    return load_segmenter(source, label_format(data_config).class_names, tuple(data_config["size"]), device,
+                          judges["segmenter_mapping"])
 
 
 def validate(segmenter: Segmenter, data_config: dict, device: torch.device | str) -> dict:
@@ -295,4 +297,4 @@ if __name__ == "__main__":
     try:
         main()
     except UserError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {one_line(error)}")

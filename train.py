@@ -23,7 +23,7 @@ from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
 from checkpoint import copy_checkpoint, load_checkpoint, save_checkpoint, whole_file
-from config import UserError, load_config
+from config import UserError, load_config, one_line
 from data import build_dataset, quick_check
 from distributed import from_first_process, setup_distributed
 from diffusion import Diffusion
@@ -119,9 +119,10 @@ def check_fit(config: dict, trainer, world_size: int) -> None:
     if train["batch_size"] % (world_size * train["accumulation"]):
         raise UserError(f"train.batch_size is {train['batch_size']}; it must be a multiple of "
                         f"{world_size} processes x {train['accumulation']} rounds")
-    if any(side % trainer.generator.divisor for side in config["data"]["size"]):
-        raise UserError(f"data.size is {config['data']['size']}; both must be multiples of {trainer.generator.divisor} "
-                        f"for this generator")
+    for kind in ("generator", "discriminator"):
+        divisor = getattr(getattr(trainer, kind, None), "divisor", 1)
+        if any(side % divisor for side in config["data"]["size"]):
+            raise UserError(f"data.size is {config['data']['size']}; both must be multiples of {divisor} for this {kind}")
     if judges["metric"] not in metric_names(judges):
         raise UserError(f"eval.metric is {judges['metric']!r}; with these judges there are {', '.join(metric_names(judges))}")
     feature_network(judges["features"], judges["features_weights"], size=judges["features_size"])
@@ -197,10 +198,10 @@ def main(config: dict, resume: bool) -> None:
     trainer = build_trainer(config, dataset.num_classes, device)
     check_fit(config, trainer, world_size)
     first, maps = start_networks(trainer, config, dataset, source)
-    if rank == 0:
-        make_run(run, config)
     cache = run.parent / "cache"  # what the judges know of the real images, shared by all runs
     segmenter = segmenter_for(config, cache, device, rank)
+    if rank == 0:
+        make_run(run, config)
 
     stop = []
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -214,7 +215,7 @@ def main(config: dict, resume: bool) -> None:
     def evaluate(step: int) -> None:
         """Of the checkpoint just saved; best.pt comes before the record, which says that both are there."""
         metrics = evaluate_generator(sampler_for(trainer.ema, config, rank == 0), held_out, config["eval"], device, cache,
-                                     segmenter, rank=rank, world_size=world_size)
+                                     segmenter, seed, rank, world_size, config["data"]["workers"])
         if rank == 0:
             if recorder.is_best(metrics):
                 copy_checkpoint(run / "checkpoints" / "latest.pt", run / "checkpoints" / "best.pt")
@@ -300,7 +301,9 @@ class Recorder:
 
     def score(self, metrics: dict) -> float:
         """The value that picks best.pt, so that lower is better."""
-        value = metrics[self.metric]
+        value = metrics.get(self.metric)  # a resumed run may have had other judges; mIoU needs labelled pixels
+        if value is None:
+            return math.inf
         return -value if higher_is_better(self.metric) else value
 
     def log(self, record: dict) -> None:
@@ -342,7 +345,7 @@ if __name__ == "__main__":
     try:
         main(load_config(arguments.config, arguments.overrides), arguments.resume)
     except UserError as error:
-        sys.exit(f"error: {str(error).splitlines()[-1]}")  # a loading process puts its traceback before the message
+        sys.exit(f"error: {one_line(error)}")
     except OSError as error:  # of the log or the samples; checkpoints have their own message
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise

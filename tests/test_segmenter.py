@@ -72,6 +72,8 @@ def test_torchscript_and_exported_files(config, tmp_path):
         segmenter = load_segmenter(str(tmp_path / name), dataset.class_names, dataset.size, "cpu")
         scores = validate(segmenter, config["data"], "cpu")
         assert scores["miou"] > 0.8 and segmenter.description["mapping"] == [0, 1, 2]
+        away = {**config, "data": {**config["data"], "root": "nowhere"}, "eval": {**config["eval"], "segmenter": str(tmp_path / name)}}
+        assert segmenter_for(away, tmp_path / "cache", "cpu").description == segmenter.description  # needs no training split
     with pytest.raises(UserError, match="3 classes, but 2 are mapped"):
         load_segmenter(str(tmp_path / "judge.pt"), ["a", "b"], dataset.size, "cpu")
 
