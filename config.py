@@ -20,7 +20,7 @@ class UserError(Exception):
 
 def one_line(error: UserError) -> str:
     """Its text; one raised in a loading process comes with the traceback of that process, and ends with the text."""
-    return re.sub(r"^\w+\.\w+: ", "", str(error).strip().splitlines()[-1])
+    return re.sub(r"^\w+\.(UserError|Unreadable|WrongLabel|UnequalSizes): ", "", str(error).strip().splitlines()[-1])
 
 
 def shorten(value) -> str:

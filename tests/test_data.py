@@ -10,7 +10,7 @@ from PIL import Image
 import data
 import data_tools
 import labels
-from config import UserError
+from config import UserError, one_line
 
 RGB = np.random.default_rng(0).integers(0, 256, (6, 8, 3)).astype(np.uint8)
 FOLDERS = {"folder": ("{}/images/{}.jpg", "{}/labels/{}.png", "train", "val"),
@@ -464,3 +464,8 @@ def test_show_draws_pairs_and_legend(tmp_path, monkeypatch):
     for color in labels.default_palette(3):
         assert (sheet == color).all(-1).any()
     assert run(monkeypatch, "show", "--config", config, "--out", out) == 1
+
+
+def test_one_line_of_an_error_from_a_loading_process():
+    error = UserError("Caught Unreadable in DataLoader worker process 0.\nTraceback ...\nlabels.Unreadable: a.png: damaged")
+    assert one_line(error) == "a.png: damaged" and one_line(UserError("a.png: damaged")) == "a.png: damaged"
