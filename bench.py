@@ -5,11 +5,12 @@
     python bench.py --growth [--config FILE] [--out FILE] [key.path=value ...]    a step against batch, size and classes
     python bench.py --official DIR [--out FILE]                          our OASIS against a clone of boschresearch/OASIS
 
-Networks have random weights, which cost the same. Everything is timed on the device that training would use, on a GPU in
-bf16 (but for the samples of GANs, which sample.py draws in float32) and on a CPU in float32 (OMP_NUM_THREADS threads). FLOPs are torch's count: a multiplication and an addition
-are two; lookups and element-wise work count nothing. The peak that a share refers to is that of a matrix product of
-4096 x 4096 (2048 x 2048 on a CPU) measured here in the same precision. Images by diffusion are extrapolated: the encoding
-of the label map and one step, both passes of guidance, are measured, and the step counts diffusion.steps times.
+Networks have random weights, which cost the same. Everything is timed on the device that training would use: on a GPU in
+bf16, but for the samples of GANs, which sample.py draws in float32; on a CPU in float32 with OMP_NUM_THREADS threads. FLOPs
+are torch's count: a multiplication and an addition are two; lookups and element-wise work count nothing. The peak that a
+share refers to is that of a matrix product of 4096 x 4096 (2048 x 2048 on a CPU) measured here in the same precision. Images
+by diffusion are extrapolated: the encoding of the label map and one step, both passes of guidance, are measured, and the
+step counts diffusion.steps times.
 --official runs the published code as it is (float32, one image, 256 x 256, ADE20K's recipe; its step without EMA).
 """
 
@@ -262,7 +263,7 @@ def official_oasis(folder: Path, device: torch.device) -> tuple[torch.nn.Module,
 
 
 def bench_official(folder: Path, device: torch.device) -> dict:
-    """Seconds of a sample and of a training step: published code, ours, and what else there is to compare."""
+    """Seconds of a sample and of a training step: published code and ours; a sample of DP-SIMS, a step with one fake batch."""
     configs = {name: load_config(Path(__file__).parent / path) for name, path in COST_CONFIGS.items()}
     config = {**configs["OASIS"], "train": {**configs["OASIS"]["train"], "batch_size": 1}}
     maps = drawn_maps(1, 150, (256, 256), device)
