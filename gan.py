@@ -98,7 +98,7 @@ class GAN:
         if self.backbone:
             self.backbone.calibrate(images)
         distances = [losses.diversity_distances(x, x.roll(1, 0), torch.ones_like(x[:, :1])) for x in images]
-        shares = torch.tensor(self.config["loss"]["diversity_margin"], device=self.device)
+        shares = torch.tensor([float(share) for share in self.config["loss"]["diversity_margin"]], device=self.device)
         self.margins = shares * torch.cat(distances).mean(0)
 
     def refresh(self, maps: list[torch.Tensor]) -> None:

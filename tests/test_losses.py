@@ -110,3 +110,8 @@ def test_diversity_loss_is_a_hinge_inside_the_region():
     assert losses.locality_loss(image1, changed, torch.ones_like(left)) == 0
     changed[..., 8:] = 0.1
     assert torch.isclose(losses.locality_loss(image1, changed, left), torch.tensor(0.1 / 0.32))
+
+
+def test_class_counts_by_numpy():
+    label_map = torch.randint(0, 6, (3, 5, 7), dtype=torch.uint8)
+    assert losses.class_counts(label_map, 8).tolist() == np.bincount(label_map.numpy().ravel(), minlength=8).tolist()
