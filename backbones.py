@@ -3,6 +3,7 @@
 Weights are looked for in this order: a local file, a Python package that ships them, timm's hub.
 """
 
+import contextlib
 import hashlib
 import importlib
 from pathlib import Path
@@ -116,17 +117,21 @@ class Backbone(nn.Module):
         name: timm name. pretrained, weights: see `load_timm`.
         conditioning: "both", "normalize", "sigmoid" or "none".
         input_scale: images are resized by this factor first, so that deep features of small images are not 1 x 1.
+        bf16: keep the weights of convolutions and linear layers in bfloat16, and compute in it.
 
     Attributes:
         channels, strides: one entry a scale, finest first; strides are in pixels of the network's own input.
     """
 
     def __init__(self, name: str, pretrained: bool = True, weights: str | None = None,
-                 conditioning: str = "both", input_scale: float = 1.0):
+                 conditioning: str = "both", input_scale: float = 1.0, bf16: bool = False):
         super().__init__()
         network = load_timm(name, pretrained, weights, **({"strict_img_size": False} if "swin" in name else {}))
         self.network = network.requires_grad_(False)
-        self.conditioning, self.input_scale = conditioning, input_scale
+        self.conditioning, self.input_scale, self.bf16 = conditioning, input_scale, bf16
+        for layer in network.modules() if bf16 else ():
+            if isinstance(layer, (nn.Conv2d, nn.Linear)):
+                layer.to(torch.bfloat16)
         self.channels = [info["num_chs"] for info in network.feature_info]
         self.strides = [info["reduction"] for info in network.feature_info]
         if len(set(self.strides)) < 3:
@@ -147,7 +152,8 @@ class Backbone(nn.Module):
         x = ((image + 1) / 2 - self.input_mean) / self.input_std
         if self.input_scale != 1:
             x = F.interpolate(x, scale_factor=self.input_scale, mode="bilinear", antialias=self.input_scale < 1)
-        return self.network.forward_intermediates(x, intermediates_only=True, stop_early=True, output_fmt="NCHW")
+        with torch.autocast(x.device.type, torch.bfloat16) if self.bf16 else contextlib.nullcontext():
+            return self.network.forward_intermediates(x, intermediates_only=True, stop_early=True, output_fmt="NCHW")
 
     def forward(self, image: torch.Tensor) -> list[torch.Tensor]:
         """Image (B, 3, H, W) in [-1, 1] -> conditioned features (B, C_l, h_l, w_l), finest first."""

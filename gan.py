@@ -65,7 +65,8 @@ class GAN:
         self.backbone, channels = None, []
         if config["discriminator"]["name"] == "backbone" or loss["contrastive"] or loss["perceptual"]:
             self.backbone = self._place(Backbone(backbone["name"], backbone["pretrained"], backbone["weights"],
-                                                 backbone["conditioning"], backbone["input_scale"]))
+                                                 backbone["conditioning"], backbone["input_scale"],
+                                                 bf16=device.type == "cuda"))
             channels = self.backbone.channels
         generator = build_network("generator", config, num_classes)
         self.ema = self._place(copy.deepcopy(generator)).eval().requires_grad_(False)
@@ -231,7 +232,7 @@ class GAN:
         self.discriminator.eval()  # or looking would move its spectral norms
         for k in range(2):
             fake = self.ema(label_map, noise([(i, k) for i in range(len(label_map))], self.ema.z_dim, self.device))
-            p = self.discriminator(fake, self._features(fake)).float().softmax(1)
+            p = self.discriminator(fake, [f.float() for f in self._features(fake)]).softmax(1)
             classes = palette[p[:, :self.num_classes].argmax(1)].permute(0, 3, 1, 2).float() / 255
             rows += [fake.float() / 2 + 0.5, classes, p[:, -1:].expand(-1, 3, -1, -1)]
         self.discriminator.train()

@@ -118,6 +118,22 @@ def test_conditioning_modes():
     assert not torch.allclose(modes["none"], modes["normalize"])
 
 
+@pytest.mark.parametrize("name", ["tf_efficientnet_lite0", "convnext_atto", "swin_tiny_patch4_window7_224"])
+def test_bfloat16_weights_give_nearly_the_same_features(name):
+    """Half the bytes in convolutions and linear layers; the gradient with respect to the image stays float32."""
+    image = (torch.rand(2, 3, 64, 64) * 2 - 1).requires_grad_()
+    exact, half = (Backbone(name, name.startswith("tf"), bf16=bf16) for bf16 in (False, True))
+    exact.calibrate([image])
+    half.load_statistics(exact.statistics())
+    size = lambda backbone: sum(p.numel() * p.element_size() for p in backbone.network.parameters())
+    assert size(half) < 0.6 * size(exact)
+    for a, b in zip(exact(image), half(image)):
+        assert not torch.equal(a, b.float())
+        assert (a - b).abs().mean() < 0.02  # of values in [0, 1]
+    sum(f.sum() for f in half(image)).backward()
+    assert image.grad.dtype == torch.float32 and image.grad.abs().max() > 0
+
+
 def test_spectral_norm_bounds_every_convolution_of_the_discriminator(backbone):
     discriminator = Discriminator(5, backbone.channels, channels=4)
     for _ in range(100):  # power iterations

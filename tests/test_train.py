@@ -12,6 +12,7 @@ import yaml
 from conftest import ROOT, TINY, error_line
 
 import data
+from backbones import Backbone
 from config import UserError, check_config
 from gan import GAN, build_network
 from train import StepSampler
@@ -205,6 +206,8 @@ def test_a_step_under_autocast_is_close_to_float32(monkeypatch, changed):
         trainer = GAN(config, 12, torch.device("cpu"))
         trainer.calibrate([image.float() / 127.5 - 1])
         if half:
+            trainer.backbone = Backbone("tf_efficientnet_lite0", bf16=True)
+            trainer.calibrate([image.float() / 127.5 - 1])
             monkeypatch.setattr(torch, "autocast", lambda kind, dtype=None, enabled=True: BFLOAT16(
                 kind, torch.bfloat16, enabled=dtype is not None or enabled))
         values.append(trainer.step(image, label_map, 0, [0, 1, 2, 3]))
