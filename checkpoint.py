@@ -1,7 +1,8 @@
 """Checkpoints: written so that a kill at any instant leaves a loadable one, read without unpickling objects.
 
-A checkpoint is a dict: config, class_names (C), palette (C + 1 rows [r, g, b], the last is void), step, and the state of
-the networks (generator, ema, discriminator, ...). The frozen backbone is not in it.
+A checkpoint is a dict: config, class_names (C), palette (C + 1 rows [r, g, b], the last is void), ids (256: what
+each id in a label file means, see `LabelFormat`), step, and the state of the networks (generator, ema, discriminator,
+...). The frozen backbone is not in it.
 """
 
 import os
@@ -17,10 +18,11 @@ import torch.nn as nn
 import oasis
 from config import UserError, check_config, load_config
 from gan import build_network
-from labels import is_color, label_format
+from labels import UNKNOWN, is_color, label_format
 from sdm import SDMUNet
 
-PARTS = {"config": dict, "class_names": list, "palette": list, "step": int, "ema": dict}  # what every reader relies on
+# what every reader relies on
+PARTS = {"config": dict, "class_names": list, "palette": list, "ids": list, "step": int, "ema": dict}
 
 # generator class -> (network, state dict, file name)
 OFFICIAL_LOADERS = {oasis.OASISGenerator: oasis.load_official, SDMUNet: SDMUNet.load_official}
@@ -99,6 +101,8 @@ def read_checkpoint(path: Path, device: str | torch.device) -> dict:
             raise ValueError(f"it has no {name}")
     if len(state["palette"]) != len(state["class_names"]) + 1 or not all(map(is_color, state["palette"])):
         raise ValueError("its palette does not fit its classes")
+    if len(state["ids"]) != 256 or not set(state["ids"]) <= {*range(len(state["class_names"]) + 1), UNKNOWN}:
+        raise ValueError("its label ids do not fit its classes")
     return state
 
 
@@ -126,7 +130,8 @@ def load_generator(path: str | Path, device: str | torch.device = "cpu",
     if config_path:
         config = load_config(config_path)
         form = label_format(config["data"])
-        state = {"config": config, "class_names": form.class_names, "palette": form.palette.tolist(), "step": 0}
+        state = {"config": config, "class_names": form.class_names, "palette": form.palette.tolist(),
+                 "ids": form.ids.tolist(), "step": 0}
     else:
         state = load_checkpoint(path, device)
         state["config"] = check_config(state["config"], str(path))

@@ -82,7 +82,7 @@ def image_samples(folder: Path, names: list[str], labels: Path, config: dict) ->
                             f"make the same number for every label map")
         samples.append([files[key] for key in found])
         used.update(found)
-    extra = sorted(files.keys() - used)
+    extra = sorted(files.keys() - used - {"grid"})  # grid.png is a sheet of sample.py
     if extra:
         raise UserError(f"{files[extra[0]]}: no label map of that name in {labels} ({len(extra)} such images); "
                         f"remove them or complete the label maps")

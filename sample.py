@@ -31,7 +31,7 @@ from checkpoint import load_generator
 from config import UserError, apply_overrides, check_config, one_line
 from data import read_instance_map
 from distributed import setup_distributed
-from labels import colorize, label_format, read_label_file
+from labels import colorize, read_label_file
 from gan import noise
 from metrics import gather, sample_seed, sampler_for, to_uint8
 from oasis import OASISGenerator
@@ -66,8 +66,7 @@ def find_class(name: str, class_names: list[str]) -> int:
 def read_maps(path: Path, state: dict, instances: Path | None) -> list[torch.Tensor]:
     """Label file -> int64 (H, W) in 0..C at the model's size; and of its namesake in `instances`, if given, int32 ids."""
     height, width = state["config"]["data"]["size"]
-    form = label_format(state["config"]["data"])
-    label = read_label_file(path, len(state["class_names"]), state["palette"], ids=form.ids)
+    label = read_label_file(path, len(state["class_names"]), state["palette"], ids=state["ids"])
     label = Image.fromarray(label).resize((width, height), Image.Resampling.NEAREST)
     maps = [torch.from_numpy(np.array(label)).long()]
     if instances:

@@ -268,8 +268,9 @@ def main(config: dict, resume: bool) -> None:
 def save(run: Path, step: int, config: dict, dataset, trainer) -> None:
     """Write checkpoints/latest.pt and give it the second name STEP.pt; drop the oldest beyond train.keep."""
     folder = run / "checkpoints"
-    save_checkpoint({"config": config, "class_names": dataset.class_names, "palette": dataset.palette.tolist(),
-                     "step": step, **trainer.state_dict()}, folder / "latest.pt")
+    form = dataset.form
+    save_checkpoint({"config": config, "class_names": form.class_names, "palette": form.palette.tolist(),
+                     "ids": form.ids.tolist(), "step": step, **trainer.state_dict()}, folder / "latest.pt")
     copy_checkpoint(folder / "latest.pt", folder / f"{step:07d}.pt")
     for old in sorted(folder.glob("[0-9]*.pt"))[: -config["train"]["keep"]]:
         old.unlink()

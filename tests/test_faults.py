@@ -200,7 +200,7 @@ def test_damaged_checkpoint_is_refused_and_the_one_before_it_named(tmp_path, mon
     monkeypatch.chdir(tmp_path)
     latest, names = Path("latest.pt"), ["0000002.pt", "0000003.pt"]
     for step, name in ((2, names[0]), (3, names[1])):
-        save_checkpoint({"config": {}, "class_names": ["a"], "palette": [[0, 0, 0]] * 2, "step": step,
+        save_checkpoint({"config": {}, "class_names": ["a"], "palette": [[0, 0, 0]] * 2, "ids": [0] * 256, "step": step,
                          "ema": {"weight": torch.randn(100, 1000)}}, latest)
         copy_checkpoint(latest, Path(name))
     content = bytearray(latest.read_bytes())

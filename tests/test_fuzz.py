@@ -123,13 +123,12 @@ def stored(state) -> bytes:
 
 
 def checkpoint() -> bytes:
-    return stored({"config": CONFIG, "class_names": FORM.class_names, "palette": FORM.palette.tolist(), "step": 3,
-                   "ema": build_network("generator", CONFIG, FORM.num_classes).state_dict()})
+    return stored({**STATE, "step": 3, "ema": build_network("generator", CONFIG, FORM.num_classes).state_dict()})
 
 
 IMAGE, LABEL = scenes.render("val", 0, (24, 32))
 COLORS = labels.colorize(LABEL, FORM.palette)
-STATE = {"config": CONFIG, "class_names": FORM.class_names, "palette": FORM.palette.tolist()}
+STATE = {"config": CONFIG, "class_names": FORM.class_names, "palette": FORM.palette.tolist(), "ids": FORM.ids.tolist()}
 FOLDER = b"""data:
   name: folder
   root: here

@@ -5,6 +5,7 @@ from conftest import TINY, error_line
 from PIL import Image
 
 import scenes
+from evaluate import image_samples
 
 
 @pytest.fixture
@@ -50,6 +51,29 @@ def test_ids_colors_palette_files_and_other_sizes_give_the_same_image(run, model
         done = run("sample.py", "--labels", name, "--out", f"{name}_out")
         assert done.returncode == 0, done.stderr
         assert np.array_equal(pixels(model / f"{name}_out/scene.png"), pixels(model / "ids_out/scene.png"))
+
+
+def test_a_class_table_travels_in_the_checkpoint(run, train, tmp_path, folder_data):
+    """Ids are those of a file that is gone; the sheet beside the images is no image to evaluate."""
+    table = tmp_path / "mine.csv"
+    table.write_text("id,name,r,g,b\n40,cat,255,0,0\n20,dog,0,255,0\n7,fox,0,0,255\n255,void,0,0,0\n")
+    ids = np.full(256, 255, np.uint8)
+    ids[:3] = 40, 20, 7
+    for path in folder_data.glob("*/labels/*.png"):
+        Image.fromarray(ids[np.asarray(Image.open(path))]).save(path)
+    config = tmp_path / "mine.yaml"
+    data = TINY["data"] | {"name": "folder", "root": str(folder_data), "classes": str(table)}
+    config.write_text(yaml.safe_dump(TINY | {"data": data}))
+    train(config, "train.steps=1")
+    table.rename(tmp_path / "moved.csv")
+    done = run("sample.py", "--labels", folder_data / "val/labels", "--out", "out", "--grid")
+    assert done.returncode == 0, done.stderr
+    sheet = pixels(tmp_path / "out/grid.png")  # a row a map: its colors, its image
+    first = np.asarray(Image.open(folder_data / "val/labels/0.png").resize((32, 32), Image.Resampling.NEAREST))
+    assert (sheet[:32, :32][first == 40] == [255, 0, 0]).all() and (sheet[:32, :32][first == 255] == 0).all()
+    names = [str(i) for i in range(6)]
+    found = image_samples(tmp_path / "out", names, folder_data / "val/labels", {"data": data})
+    assert found == [[tmp_path / "out" / f"{name}.png"] for name in names]
 
 
 def test_interpolation_goes_from_the_first_sample_to_the_second(run, model):

@@ -217,6 +217,24 @@ def test_a_step_under_autocast_is_close_to_float32(monkeypatch, changed):
     assert any(values[1][name].float() != value for name, value in values[0].items())
 
 
+@pytest.mark.slow
+def test_compiled_networks_train_like_the_others(capsys):
+    """Two steps, of which one has the diversity pair: both shapes, both backward passes through one graph."""
+    dataset = data.build_dataset(check_config(TINY, "tiny")["data"], "train")
+    image, label_map = (torch.stack(column) for column in zip(*(dataset[i] for i in range(4))))
+    values = []
+    for compiled in (False, True):
+        config = check_config({**TINY, "train": {"compile": compiled}, "loss": {"diversity_every": 2}}, "tiny")
+        trainer = GAN(config, dataset.num_classes, torch.device("cpu"))
+        trainer.calibrate([image.float() / 127.5 - 1])
+        values.append([trainer.step(image, label_map, step, [0, 1, 2, 3]) for step in range(2)])
+    assert "going on without it" not in capsys.readouterr().out  # wants a C++ compiler
+    for eager, compiled in zip(*values):
+        assert eager.keys() == compiled.keys()
+        for name in eager:
+            assert compiled[name].item() == pytest.approx(eager[name].item(), rel=1e-3), name
+
+
 @pytest.mark.parametrize("section, key, value", [
     ("train", "steps", 0), ("train", "betas", ["a", 0.9]), ("train", "betas", [0, 1]), ("train", "ema", 1.0),
     ("train", "lr_generator", -1.0), ("eval", "batch_size", 0), ("eval", "diversity_maps", 0), ("eval", "num_images", -5),
