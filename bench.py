@@ -3,7 +3,8 @@
     python bench.py [--config FILE] [--out FILE] [key.path=value ...]    a training step part by part, sampling
     python bench.py --cost [--out FILE]                                  DP-SIMS, OASIS and SDM at published size
     python bench.py --growth [--config FILE] [--out FILE] [key.path=value ...]    a step against batch, size and classes
-    python bench.py --official DIR [--out FILE]                          our OASIS against a clone of boschresearch/OASIS
+    python bench.py --official DIR [--out FILE]                          ours against a clone of boschresearch/OASIS or of
+                                                                         WeilunWang/semantic-diffusion-model
 
 Networks have random weights, which cost the same. Everything is timed on the device that training would use: on a GPU in
 bf16, but for the samples of GANs, which sample.py draws in float32; on a CPU in float32 with OMP_NUM_THREADS threads. FLOPs
@@ -11,7 +12,8 @@ are torch's count: a multiplication and an addition are two; lookups and element
 share refers to is that of a matrix product of 4096 x 4096 (2048 x 2048 on a CPU) measured here in the same precision. Images
 by diffusion are extrapolated: the encoding of the label map and one step, both passes of guidance, are measured, and the
 step counts diffusion.steps times.
---official runs the published code as it is (float32, one image, 256 x 256, ADE20K's recipe; its step without EMA).
+--official runs the published code as it is (float32, one image, 256 x 256, ADE20K's recipe; OASIS's training step without
+EMA; of SDM's chain one step with guidance, each in a process of its own).
 """
 
 import argparse
@@ -32,6 +34,7 @@ import torch
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
+import diffusion
 import scenes
 from config import UserError, load_config, one_line
 from data import build_dataset
@@ -58,6 +61,12 @@ def seconds(call, device: torch.device, repeat: int = 5, warm_up: int = 2) -> fl
         synchronize(device)
         times.append(time.perf_counter() - start)
     return statistics.median(times[warm_up:])
+
+
+def race(calls: dict[str, Callable], device: torch.device, repeat: int) -> dict[str, float]:
+    """Median time of each call; they take turns, so that whatever else the machine does meets all of them."""
+    times = [{name: seconds(call, device, 1, 0) for name, call in calls.items()} for _ in range(1 + repeat)]
+    return {name: statistics.median(turn[name] for turn in times[1:]) for name in calls}
 
 
 def matrix_peak(device: torch.device) -> float:
@@ -245,7 +254,8 @@ def bench_growth(config: dict, device: torch.device, steps: int) -> list[dict]:
 def official_oasis(folder: Path, device: torch.device) -> tuple[torch.nn.Module, object]:
     """The published networks and losses, of the recipe for ADE20K, from a clone of boschresearch/OASIS. Raises UserError."""
     if not (folder / "models/models.py").is_file():
-        raise UserError(f"{folder}: no models/models.py; give the folder of a clone of github.com/boschresearch/OASIS")
+        raise UserError(f"{folder}: no models/models.py and no guided_diffusion; give the folder of a clone of "
+                        f"github.com/boschresearch/OASIS or github.com/WeilunWang/semantic-diffusion-model")
     options = SimpleNamespace(
         phase="train", continue_train=False, no_EMA=False, add_vgg_loss=False, no_labelmix=False, lambda_labelmix=10.0,
         no_balancing_inloss=False, contain_dontcare_label=True, no_spectral_norm=False, channels_G=64, num_res_blocks=6,
@@ -262,7 +272,7 @@ def official_oasis(folder: Path, device: torch.device) -> tuple[torch.nn.Module,
         sys.modules["models"] = ours
 
 
-def bench_official(folder: Path, device: torch.device) -> dict:
+def bench_official_oasis(folder: Path, device: torch.device) -> dict:
     """Seconds of a sample and of a training step: published code and ours; a sample of DP-SIMS, a step with one fake batch."""
     configs = {name: load_config(Path(__file__).parent / path) for name, path in COST_CONFIGS.items()}
     config = {**configs["OASIS"], "train": {**configs["OASIS"]["train"], "batch_size": 1}}
@@ -284,7 +294,7 @@ def bench_official(folder: Path, device: torch.device) -> dict:
         return lambda: trainer.step(image, maps, 0, [0])
 
     steps = {"official": official_step, "ours": our_step(True), "ours, one fake batch": our_step(False)}
-    result = {"training step": {name: seconds(step, device, 2, 1) for name, step in steps.items()}}
+    result = {"training step": race(steps, device, 2)}
     networks = {name: build_network("generator", configs[name], 150).to(device, memory_format=torch.channels_last).eval()
                 for name in ("OASIS", "DP-SIMS")}
     z = torch.randn(1, 64, device=device)
@@ -292,10 +302,57 @@ def bench_official(folder: Path, device: torch.device) -> dict:
                "DP-SIMS": lambda: networks["DP-SIMS"](maps, z[:, : networks["DP-SIMS"].z_dim])}
     official.eval()
     with torch.no_grad():
-        result["sample"] = {name: seconds(sample, device, 3, 1) for name, sample in samples.items()}
+        result["sample"] = race(samples, device, 3)
     for what, times in result.items():
         for name, value in times.items():
             print(f"{what:15}{name:22}{value:8.2f} s{times['official'] / value:8.2f}x")
+    return result
+
+
+def official_sdm(folder: Path, device: torch.device) -> tuple[torch.nn.Module, object]:
+    """The published network and chain, of the recipe for ADE20K, from a clone of WeilunWang/semantic-diffusion-model."""
+    sys.path.insert(0, str(folder))
+    try:
+        from guided_diffusion.script_util import create_model_and_diffusion, model_and_diffusion_defaults
+    finally:
+        sys.path.remove(str(folder))
+    network, chain = create_model_and_diffusion(**{
+        **model_and_diffusion_defaults(), "image_size": 256, "num_classes": 151, "no_instance": True, "class_cond": True,
+        "num_channels": 256, "num_res_blocks": 2, "num_head_channels": 64, "attention_resolutions": "32,16,8",
+        "resblock_updown": True, "use_scale_shift_norm": True, "learn_sigma": True, "noise_schedule": "linear"})
+    return network.to(device).eval(), chain
+
+
+@torch.no_grad()
+def measure_sdm_step(folder: Path | None) -> dict:
+    """A step with guidance of SDM's chain, of the published code in `folder` or of ours; in a process of its own."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    maps, noisy = drawn_maps(1, 150, (256, 256), device), torch.randn(1, 3, 256, 256, device=device)
+    t, result = torch.full((1,), 500, device=device), {}
+    if folder:
+        network, chain = official_sdm(folder, device)
+        one_hot = torch.nn.functional.one_hot(maps.long(), 151).permute(0, 3, 1, 2).float().contiguous()
+        step = lambda: chain.p_sample(network, noisy, t, model_kwargs={"y": one_hot, "s": 1.5})
+    else:
+        network = build_network("generator", load_config(Path(__file__).parent / COST_CONFIGS["SDM"]), 150)
+        network = network.to(device, memory_format=torch.channels_last).eval()
+        result["label map, once an image"] = seconds(lambda: network.encode_labels(maps, guided=True), device, 1, 1)
+        features, constants = network.encode_labels(maps, guided=True), diffusion.schedule(device=device)
+        step = lambda: diffusion.ancestral_step(noisy, diffusion.guide(network(noisy, t, features), 1.5), 500,
+                                                torch.randn_like(noisy), constants)
+    result["step"] = seconds(step, device, 2, 1)
+    return {**result, "peak_memory_gib": peak_memory(device)}
+
+
+def bench_official_sdm(folder: Path) -> dict:
+    """Seconds and memory of a step of the chain: published code and ours."""
+    context, result = multiprocessing.get_context("spawn"), {}
+    for name, where in (("official", folder), ("ours", None)):
+        with context.Pool(1) as pool:
+            result[name] = pool.apply(measure_sdm_step, (where,))
+        for what, value in result[name].items():
+            ratio = f"{result['official'][what] / value:8.2f}x" if what in result["official"] else ""
+            print(f"{name:10}{what:26}{value:8.2f}{ratio}", flush=True)
     return result
 
 
@@ -310,7 +367,7 @@ def main() -> None:
     parser.add_argument("--config", type=Path, default=Path(__file__).parent / "config.yaml")
     parser.add_argument("--cost", action="store_true", help="the three systems at published size")
     parser.add_argument("--growth", action="store_true", help="a training step against batch, size and classes")
-    parser.add_argument("--official", type=Path, metavar="DIR", help="our OASIS against the published code in DIR")
+    parser.add_argument("--official", type=Path, metavar="DIR", help="our OASIS or SDM against the published code in DIR")
     parser.add_argument("--steps", type=int, default=10, help="training steps that are timed")
     parser.add_argument("--out", type=Path, metavar="FILE", help="JSON")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
@@ -319,7 +376,8 @@ def main() -> None:
     if args.cost:
         result = cost_table()
     elif args.official:
-        result = bench_official(args.official, device)
+        is_sdm = (args.official / "guided_diffusion").is_dir()
+        result = bench_official_sdm(args.official) if is_sdm else bench_official_oasis(args.official, device)
     elif args.growth:
         result = {"growth": bench_growth(load_config(args.config, args.overrides), device, args.steps)}
     else:

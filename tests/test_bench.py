@@ -47,5 +47,5 @@ def test_growth_changes_one_thing_at_a_time():
 
 
 def test_official_code_missing(tmp_path):
-    with pytest.raises(UserError, match="no models/models.py; give the folder of a clone"):
+    with pytest.raises(UserError, match="no models/models.py and no guided_diffusion; give the folder of a clone"):
         bench.official_oasis(tmp_path, CPU)
