@@ -13,7 +13,7 @@ share refers to is that of a matrix product of 4096 x 4096 (2048 x 2048 on a CPU
 by diffusion are extrapolated: the encoding of the label map and one step, both passes of guidance, are measured, and the
 step counts diffusion.steps times.
 --official runs the published code as it is (float32, one image, 256 x 256, ADE20K's recipe; OASIS's training step without
-EMA; of SDM's chain one step with guidance, each in a process of its own).
+EMA; of SDM's chain one step with guidance), in turns, each in a process of its own.
 """
 
 import argparse
@@ -46,6 +46,10 @@ from train import StepSampler, build_trainer, peak_memory
 COST_CONFIGS = {"DP-SIMS": "configs/ade20k.yaml", "OASIS": "configs/oasis_ade20k.yaml", "SDM": "configs/sdm_ade20k.yaml"}
 
 
+def best_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -61,12 +65,6 @@ def seconds(call, device: torch.device, repeat: int = 5, warm_up: int = 2) -> fl
         synchronize(device)
         times.append(time.perf_counter() - start)
     return statistics.median(times[warm_up:])
-
-
-def race(calls: dict[str, Callable], device: torch.device, repeat: int) -> dict[str, float]:
-    """Median time of each call; they take turns, so that whatever else the machine does meets all of them."""
-    times = [{name: seconds(call, device, 1, 0) for name, call in calls.items()} for _ in range(1 + repeat)]
-    return {name: statistics.median(turn[name] for turn in times[1:]) for name in calls}
 
 
 def matrix_peak(device: torch.device) -> float:
@@ -208,8 +206,7 @@ def bench_sampling(config: dict, device: torch.device, batches=(1, 2, 4, 8, 16),
 
 def measure_cost(system: str) -> dict:
     """A line of the cost table: one image at batch 1; run in a process of its own, for its memory."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return bench_sampling(load_config(Path(__file__).parent / COST_CONFIGS[system]), device, batches=(1,), repeat=2)
+    return bench_sampling(load_config(Path(__file__).parent / COST_CONFIGS[system]), best_device(), batches=(1,), repeat=2)
 
 
 def cost_table() -> dict:
@@ -251,109 +248,125 @@ def bench_growth(config: dict, device: torch.device, steps: int) -> list[dict]:
     return rows
 
 
-def official_oasis(folder: Path, device: torch.device) -> tuple[torch.nn.Module, object]:
-    """The published networks and losses, of the recipe for ADE20K, from a clone of boschresearch/OASIS. Raises UserError."""
-    if not (folder / "models/models.py").is_file():
-        raise UserError(f"{folder}: no models/models.py and no guided_diffusion; give the folder of a clone of "
-                        f"github.com/boschresearch/OASIS or github.com/WeilunWang/semantic-diffusion-model")
+def published_oasis(folder: Path) -> dict[str, Callable]:
+    """The published networks and losses, of the recipe for ADE20K, from a clone of boschresearch/OASIS."""
+    device = best_device()
     options = SimpleNamespace(
         phase="train", continue_train=False, no_EMA=False, add_vgg_loss=False, no_labelmix=False, lambda_labelmix=10.0,
         no_balancing_inloss=False, contain_dontcare_label=True, no_spectral_norm=False, channels_G=64, num_res_blocks=6,
         no_3dnoise=False, semantic_nc=151, z_dim=64, crop_size=256, aspect_ratio=1.0, spade_ks=3,
         param_free_norm="syncbatch", gpu_ids="0" if device.type == "cuda" else "-1")
-    ours = sys.modules.pop("models")  # their package has the name of our module
+    del sys.modules["models"]  # their package has the name of our module
     sys.path.insert(0, str(folder))
-    try:
-        from models.losses import losses_computer
-        from models.models import OASIS_model
-        return OASIS_model(options).to(device), losses_computer(options)
-    finally:
-        sys.path.remove(str(folder))
-        sys.modules["models"] = ours
-
-
-def bench_official_oasis(folder: Path, device: torch.device) -> dict:
-    """Seconds of a sample and of a training step: published code and ours; a sample of DP-SIMS, a step with one fake batch."""
-    configs = {name: load_config(Path(__file__).parent / path) for name, path in COST_CONFIGS.items()}
-    config = {**configs["OASIS"], "train": {**configs["OASIS"]["train"], "batch_size": 1}}
-    maps = drawn_maps(1, 150, (256, 256), device)
-    image = torch.randint(0, 256, (1, 3, 256, 256), dtype=torch.uint8, device=device)
-    official, criterion = official_oasis(folder, device)
+    from models.losses import losses_computer
+    from models.models import OASIS_model
+    official, criterion = OASIS_model(options).to(device), losses_computer(options)
+    image, maps = drawn_pair(device)
     one_hot = torch.nn.functional.one_hot((maps.long() + 1) % 151, 151).permute(0, 3, 1, 2).float().contiguous()
     adam = lambda network, rate: torch.optim.Adam(network.parameters(), rate, (0.0, 0.999))
     optimizers = adam(official.netG, 1e-4), adam(official.netD, 4e-4)
 
-    def official_step() -> None:
+    def training_step() -> None:
+        official.train()
         for mode, optimizer in zip(("losses_G", "losses_D"), optimizers):
             official.zero_grad()
             official(image.float() / 127.5 - 1, one_hot, mode, criterion)[0].backward()
             optimizer.step()
 
-    def our_step(fresh_fakes: bool) -> Callable:
-        trainer = build_trainer({**config, "train": {**config["train"], "fresh_fakes": fresh_fakes}}, 150, device)
-        return lambda: trainer.step(image, maps, 0, [0])
-
-    steps = {"official": official_step, "ours": our_step(True), "ours, one fake batch": our_step(False)}
-    result = {"training step": race(steps, device, 2)}
-    networks = {name: build_network("generator", configs[name], 150).to(device, memory_format=torch.channels_last).eval()
-                for name in ("OASIS", "DP-SIMS")}
-    z = torch.randn(1, 64, device=device)
-    samples = {"official": lambda: official(None, one_hot, "generate", None), "ours": lambda: networks["OASIS"](maps, z),
-               "DP-SIMS": lambda: networks["DP-SIMS"](maps, z[:, : networks["DP-SIMS"].z_dim])}
-    official.eval()
-    with torch.no_grad():
-        result["sample"] = race(samples, device, 3)
-    for what, times in result.items():
-        for name, value in times.items():
-            print(f"{what:15}{name:22}{value:8.2f} s{times['official'] / value:8.2f}x")
-    return result
+    return {"sample": lambda: official.eval()(None, one_hot, "generate", None), "training step": training_step}
 
 
-def official_sdm(folder: Path, device: torch.device) -> tuple[torch.nn.Module, object]:
+def our_training(fresh_fakes: bool) -> dict[str, Callable]:
+    """OASIS's training step, with fakes from the updated generator for the discriminator or one batch for both."""
+    device = best_device()
+    config = load_config(Path(__file__).parent / COST_CONFIGS["OASIS"],
+                         ["train.batch_size=1", f"train.fresh_fakes={fresh_fakes}"])
+    trainer, (image, maps) = build_trainer(config, 150, device), drawn_pair(device)
+    return {"training step": lambda: trainer.step(image, maps, 0, [0])}
+
+
+def our_sample(system: str) -> dict[str, Callable]:
+    """An image, of a GAN; of SDM what it takes once and a step with guidance, as `diffusion.sample` does them."""
+    device = best_device()
+    config = load_config(Path(__file__).parent / COST_CONFIGS[system])
+    network = build_network("generator", config, 150).to(device, memory_format=torch.channels_last)
+    network, maps = network.eval().requires_grad_(False), drawn_pair(device)[1]
+    if system != "SDM":
+        z = torch.randn(1, network.z_dim, device=device)
+        return {"sample": lambda: network(maps, z)}
+    noisy, t = torch.randn(1, 3, 256, 256, device=device), torch.full((1,), 500, device=device)
+    constants, features = diffusion.schedule(device=device), {}
+    return {"label map, once an image": lambda: features.update(of_map=network.encode_labels(maps, guided=True)),
+            "step of a sample": lambda: diffusion.ancestral_step(
+                noisy, diffusion.guide(network(noisy, t, features["of_map"]), 1.5), 500, torch.randn_like(noisy), constants)}
+
+
+def published_sdm(folder: Path) -> dict[str, Callable]:
     """The published network and chain, of the recipe for ADE20K, from a clone of WeilunWang/semantic-diffusion-model."""
+    device = best_device()
     sys.path.insert(0, str(folder))
-    try:
-        from guided_diffusion.script_util import create_model_and_diffusion, model_and_diffusion_defaults
-    finally:
-        sys.path.remove(str(folder))
+    from guided_diffusion.script_util import create_model_and_diffusion, model_and_diffusion_defaults
     network, chain = create_model_and_diffusion(**{
         **model_and_diffusion_defaults(), "image_size": 256, "num_classes": 151, "no_instance": True, "class_cond": True,
         "num_channels": 256, "num_res_blocks": 2, "num_head_channels": 64, "attention_resolutions": "32,16,8",
         "resblock_updown": True, "use_scale_shift_norm": True, "learn_sigma": True, "noise_schedule": "linear"})
-    return network.to(device).eval(), chain
+    network, maps = network.to(device).eval().requires_grad_(False), drawn_pair(device)[1]
+    one_hot = torch.nn.functional.one_hot(maps.long(), 151).permute(0, 3, 1, 2).float().contiguous()
+    noisy, t = torch.randn(1, 3, 256, 256, device=device), torch.full((1,), 500, device=device)
+    return {"step of a sample": lambda: chain.p_sample(network, noisy, t, model_kwargs={"y": one_hot, "s": 1.5})}
 
 
-@torch.no_grad()
-def measure_sdm_step(folder: Path | None) -> dict:
-    """A step with guidance of SDM's chain, of the published code in `folder` or of ours; in a process of its own."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    maps, noisy = drawn_maps(1, 150, (256, 256), device), torch.randn(1, 3, 256, 256, device=device)
-    t, result = torch.full((1,), 500, device=device), {}
-    if folder:
-        network, chain = official_sdm(folder, device)
-        one_hot = torch.nn.functional.one_hot(maps.long(), 151).permute(0, 3, 1, 2).float().contiguous()
-        step = lambda: chain.p_sample(network, noisy, t, model_kwargs={"y": one_hot, "s": 1.5})
-    else:
-        network = build_network("generator", load_config(Path(__file__).parent / COST_CONFIGS["SDM"]), 150)
-        network = network.to(device, memory_format=torch.channels_last).eval()
-        result["label map, once an image"] = seconds(lambda: network.encode_labels(maps, guided=True), device, 1, 1)
-        features, constants = network.encode_labels(maps, guided=True), diffusion.schedule(device=device)
-        step = lambda: diffusion.ancestral_step(noisy, diffusion.guide(network(noisy, t, features), 1.5), 500,
-                                                torch.randn_like(noisy), constants)
-    result["step"] = seconds(step, device, 2, 1)
-    return {**result, "peak_memory_gib": peak_memory(device)}
+def drawn_pair(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """An image (1, 3, 256, 256) uint8 and a label map of 150 classes (1, 256, 256) uint8."""
+    return torch.randint(0, 256, (1, 3, 256, 256), dtype=torch.uint8, device=device), drawn_maps(1, 150, (256, 256), device)
 
 
-def bench_official_sdm(folder: Path) -> dict:
-    """Seconds and memory of a step of the chain: published code and ours."""
+CALLS = {}  # of a process in a race
+
+
+def enter(build: Callable, argument) -> None:
+    CALLS.update(build(argument))
+
+
+def take_turn(event: str) -> tuple[float, float] | None:
+    """Seconds of one call, and the peak memory of this process in GiB; None without such a call."""
+    return (seconds(CALLS[event], best_device(), 1, 0), peak_memory(best_device())) if event in CALLS else None
+
+
+def race(entrants: dict[str, tuple[Callable, object]], events: dict[str, int]) -> dict:
+    """Median seconds and peak memory of events, each as many times as it says after one time that does not count.
+
+    entrants: name -> (function that gives {event: call}, its argument). Each has a process of its own, for its memory,
+    and they take turns, so that whatever else the machine does meets all of them. Ratios are to the first.
+    """
     context, result = multiprocessing.get_context("spawn"), {}
-    for name, where in (("official", folder), ("ours", None)):
-        with context.Pool(1) as pool:
-            result[name] = pool.apply(measure_sdm_step, (where,))
-        for what, value in result[name].items():
-            ratio = f"{result['official'][what] / value:8.2f}x" if what in result["official"] else ""
-            print(f"{name:10}{what:26}{value:8.2f}{ratio}", flush=True)
+    with contextlib.ExitStack() as stack:
+        pools = {name: stack.enter_context(context.Pool(1)) for name in entrants}
+        for name, pool in pools.items():
+            pool.apply(enter, entrants[name])
+        for event, repeat in events.items():
+            turns = [{name: pool.apply(take_turn, (event,)) for name, pool in pools.items()} for _ in range(1 + repeat)]
+            rows = {name: {"seconds": statistics.median(turn[name][0] for turn in turns[1:]),
+                           "peak_memory_gib": turns[-1][name][1]} for name in pools if turns[0][name]}
+            base = next(iter(rows.values()))
+            for name, row in rows.items():
+                print(f"{event:26}{name:22}{row['seconds']:8.2f} s{base['seconds'] / row['seconds']:7.2f}x"
+                      f"{row['peak_memory_gib']:8.2f} GiB{base['peak_memory_gib'] / row['peak_memory_gib']:7.2f}x", flush=True)
+            result[event] = rows
     return result
+
+
+def bench_official(folder: Path) -> dict:
+    """The published code in `folder` against ours. Raises UserError."""
+    if (folder / "guided_diffusion").is_dir():
+        return race({"published": (published_sdm, folder), "ours": (our_sample, "SDM")},
+                    {"label map, once an image": 2, "step of a sample": 2})
+    if not (folder / "models/models.py").is_file():
+        raise UserError(f"{folder}: no models/models.py and no guided_diffusion; give the folder of a clone of "
+                        f"github.com/boschresearch/OASIS or github.com/WeilunWang/semantic-diffusion-model")
+    return race({"published": (published_oasis, folder), "ours": (our_sample, "OASIS"), "DP-SIMS": (our_sample, "DP-SIMS"),
+                 "ours, training": (our_training, True), "ours, one fake batch": (our_training, False)},
+                {"sample": 3, "training step": 2})
 
 
 def chain(sampling: dict) -> str:
@@ -372,12 +385,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, metavar="FILE", help="JSON")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
     args = parser.parse_intermixed_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = best_device()
     if args.cost:
         result = cost_table()
     elif args.official:
-        is_sdm = (args.official / "guided_diffusion").is_dir()
-        result = bench_official_sdm(args.official) if is_sdm else bench_official_oasis(args.official, device)
+        result = bench_official(args.official)
     elif args.growth:
         result = {"growth": bench_growth(load_config(args.config, args.overrides), device, args.steps)}
     else:

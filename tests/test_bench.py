@@ -1,5 +1,8 @@
 """The benchmark: what it extrapolates of a diffusion chain, and the parts of a training step."""
 
+import time
+
+import numpy as np
 import pytest
 import torch
 from conftest import TINY
@@ -48,4 +51,21 @@ def test_growth_changes_one_thing_at_a_time():
 
 def test_official_code_missing(tmp_path):
     with pytest.raises(UserError, match="no models/models.py and no guided_diffusion; give the folder of a clone"):
-        bench.official_oasis(tmp_path, CPU)
+        bench.bench_official(tmp_path)
+
+
+def light(seconds):
+    return {"first": lambda: time.sleep(seconds), "second": lambda: time.sleep(seconds)}
+
+
+def heavy(seconds):
+    return {"second": lambda: (np.ones(3 * 2 ** 27), time.sleep(seconds))}  # 3 GiB
+
+
+def test_a_race_measures_each_entrant_by_itself(capsys):
+    result = bench.race({"light": (light, 0.02), "heavy": (heavy, 0.5)}, {"first": 1, "second": 2})
+    assert set(result["first"]) == {"light"}
+    small, large = (result["second"][name] for name in ("light", "heavy"))
+    assert 0.02 <= small["seconds"] < 0.5 <= large["seconds"]
+    assert small["peak_memory_gib"] + 2.5 < large["peak_memory_gib"] < small["peak_memory_gib"] + 3.5
+    assert len(capsys.readouterr().out.splitlines()) == 3
