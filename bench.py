@@ -256,7 +256,7 @@ def published_oasis(folder: Path) -> dict[str, Callable]:
         no_balancing_inloss=False, contain_dontcare_label=True, no_spectral_norm=False, channels_G=64, num_res_blocks=6,
         no_3dnoise=False, semantic_nc=151, z_dim=64, crop_size=256, aspect_ratio=1.0, spade_ks=3,
         param_free_norm="syncbatch", gpu_ids="0" if device.type == "cuda" else "-1")
-    del sys.modules["models"]  # their package has the name of our module
+    sys.modules.pop("models", None)  # their package has the name of our module
     sys.path.insert(0, str(folder))
     from models.losses import losses_computer
     from models.models import OASIS_model
