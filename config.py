@@ -88,7 +88,7 @@ SCHEMA = {
         "steps": (int, 600, "steps in all; each updates every network once"),
         "batch_size": (int, 8, "images a step over all processes and accumulation rounds"),
         "accumulation": (int, 1, "rounds of forward and backward a step"),
-        "compile": (bool, False, "torch.compile for generator and discriminator"),
+        "compile": (bool, False, "torch.compile for generator and discriminator; meant for GPUs"),
         "lr_generator": (float, 4e-4, "Adam"),
         "lr_discriminator": (float, 4e-4, "Adam"),
         "betas": (list, [0.0, 0.99], "Adam's"),
