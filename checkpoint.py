@@ -21,8 +21,7 @@ from gan import build_network
 from labels import UNKNOWN, is_color, label_format
 from sdm import SDMUNet
 
-# what every reader relies on
-PARTS = {"config": dict, "class_names": list, "palette": list, "ids": list, "step": int, "ema": dict}
+PARTS = {"config": dict, "class_names": list, "palette": list, "step": int, "ema": dict}  # what every reader relies on
 
 # generator class -> (network, state dict, file name)
 OFFICIAL_LOADERS = {oasis.OASISGenerator: oasis.load_official, SDMUNet: SDMUNet.load_official}
@@ -101,7 +100,8 @@ def read_checkpoint(path: Path, device: str | torch.device) -> dict:
             raise ValueError(f"it has no {name}")
     if len(state["palette"]) != len(state["class_names"]) + 1 or not all(map(is_color, state["palette"])):
         raise ValueError("its palette does not fit its classes")
-    if len(state["ids"]) != 256 or not set(state["ids"]) <= {*range(len(state["class_names"]) + 1), UNKNOWN}:
+    known = {*range(len(state["class_names"]) + 1), UNKNOWN}
+    if "ids" in state and (len(state["ids"]) != 256 or not set(state["ids"]) <= known):
         raise ValueError("its label ids do not fit its classes")
     return state
 
@@ -124,8 +124,8 @@ def load_generator(path: str | Path, device: str | torch.device = "cpu",
                    config_path: str | Path | None = None) -> tuple[nn.Module, dict]:
     """The generator (its moving average) in eval mode, and the checkpoint it came from; see `load_checkpoint`.
 
-    With `config_path`, `path` is a state dict of an official code, which carries no configuration; class names and
-    palette are the data set's then, and the step is 0.
+    With `config_path`, `path` is a state dict of an official code, which carries no configuration; class names,
+    palette and ids are the data set's then, and the step is 0.
     """
     if config_path:
         config = load_config(config_path)
@@ -135,6 +135,8 @@ def load_generator(path: str | Path, device: str | torch.device = "cpu",
     else:
         state = load_checkpoint(path, device)
         state["config"] = check_config(state["config"], str(path))
+        if "ids" not in state:  # written before checkpoints had them
+            state["ids"] = label_format(state["config"]["data"]).ids.tolist()
     generator = build_network("generator", state["config"], len(state["class_names"]))
     if config_path:
         if type(generator) not in OFFICIAL_LOADERS:

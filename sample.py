@@ -150,6 +150,8 @@ def main(arguments: argparse.Namespace) -> None:
     count = arguments.interpolate or arguments.num
     names = {path: [f"{path.stem}.png"] if count == 1 else [f"{path.stem}_{k}.png" for k in range(count)] for path in paths}
     wanted = [name for group in names.values() for name in group] + ["grid.png"] * arguments.grid
+    if len(set(wanted)) < len(wanted):
+        raise UserError(f"{arguments.labels}: a label map has the name of the sheet, grid.png; rename it or leave --grid out")
     for name in wanted:
         if (arguments.out / name).exists():
             raise UserError(f"{arguments.out / name} exists; choose another --out")

@@ -8,6 +8,7 @@ import errno
 import json
 import math
 import os
+import re
 import resource
 import signal
 import sys
@@ -334,7 +335,10 @@ def peak_memory(device: torch.device) -> float:
     """Most memory in use so far, GiB: of the device, or of this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2 ** 30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux, whose ru_maxrss starts at the parent's peak
+        return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) / 2 ** 20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 30
 
 
 if __name__ == "__main__":

@@ -232,12 +232,12 @@ def test_checkpointing_changes_no_gradient():
 
 
 def test_autocast_leaves_the_output_in_float32():
-    unet, label_map = tiny_unet(), label_maps()
+    unet, label_map = tiny_unet().to(memory_format=torch.channels_last), label_maps()
     noisy, t = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(5)), torch.tensor([5, 900])
     with torch.no_grad():
-        exact = unet(noisy, t, label_map)
+        exact = torch.cat([unet(noisy, t, label_map, dropped=torch.tensor([drop] * 2)) for drop in (False, True)])
         with torch.autocast("cpu", torch.bfloat16):
-            output = unet(noisy, t, unet.encode_labels(label_map))
+            output = unet(noisy, t, unet.encode_labels(label_map, guided=True))
     assert output.dtype == torch.float32
     assert (output - exact).abs().mean() < 0.03 * exact.abs().mean()
 
