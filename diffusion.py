@@ -212,7 +212,7 @@ class Diffusion:
         if config["train"]["compile"]:
             compile_networks([self.generator], device)
         self.optimizer = torch.optim.Adam(self.generator.parameters(), lr=config["train"]["lr_generator"],
-                                          betas=tuple(config["train"]["betas"]), fused=device.type == "cuda")
+                                          betas=tuple(config["train"]["betas"]), fused=True)
 
     def calibrate(self, images: list[Tensor]) -> None:
         """Nothing is measured on real images."""

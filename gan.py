@@ -85,8 +85,7 @@ class GAN:
         self.g_parameters = [*self.generator.parameters(),
                              *(self.contrast.parameters() if loss["contrastive"] else [])]
         self.d_parameters = list(self.discriminator.parameters())
-        adam = lambda parameters, lr: torch.optim.Adam(parameters, lr=lr, betas=tuple(map(float, train["betas"])),
-                                                       fused=device.type == "cuda")
+        adam = lambda parameters, lr: torch.optim.Adam(parameters, lr=lr, betas=tuple(map(float, train["betas"])), fused=True)
         self.g_optimizer = adam(self.g_parameters, train["lr_generator"])
         self.d_optimizer = adam(self.d_parameters, train["lr_discriminator"])
 
