@@ -300,6 +300,12 @@ def say_once(line: str) -> None:
     print(line, file=sys.stderr)
 
 
+def evenly_spaced(length: int, count: int) -> list[int]:
+    """`count` of the indices 0..length - 1, from the first on; all of them where count is 0 or too large."""
+    count = min(count or length, length)
+    return [i * length // count for i in range(count)]
+
+
 def in_threads(function: Callable, items: Iterable, text: str) -> Iterator:
     """Results in order, with a progress bar; Pillow decodes outside Python's lock."""
     items = list(items)

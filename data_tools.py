@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from config import UserError, load_config, one_line
-from data import LAYOUTS, SPLITS, LabeledImages, UnequalSizes, build_dataset, in_threads, list_pairs
+from data import LAYOUTS, SPLITS, LabeledImages, UnequalSizes, build_dataset, evenly_spaced, in_threads, list_pairs
 from labels import Unreadable, WrongLabel, colorize
 
 KINDS = {Unreadable: "unreadable", UnequalSizes: "of unequal size", WrongLabel: "with unknown ids or colors"}
@@ -93,7 +93,7 @@ def show(config: dict, arguments: argparse.Namespace) -> None:
     columns = max(1, 1536 // (2 * width * scale + 8))
     count = min(arguments.count, len(dataset))
     cells = []
-    for index in np.linspace(0, len(dataset) - 1, count).astype(int).tolist():
+    for index in evenly_spaced(len(dataset), count):
         image, label = (tensor.numpy() for tensor in dataset[index][:2])
         pair = np.concatenate([image.transpose(1, 2, 0), colorize(label, dataset.palette)], axis=1)
         cells.append(np.pad(pair.repeat(scale, 0).repeat(scale, 1), ((0, 8), (0, 8), (0, 0)), constant_values=255))
@@ -119,11 +119,14 @@ def legend(dataset: LabeledImages, width: int) -> np.ndarray:
 
 
 def export(config: dict, arguments: argparse.Namespace) -> None:
-    """The first `count` pairs at data.size as PNG files; label files hold the data set's own ids."""
+    """`count` pairs at data.size as PNG files, evenly spaced: those that `evaluate.py` judges with eval.num_images = count.
+
+    Label files hold the data set's own ids.
+    """
     dataset = build_dataset(config["data"], arguments.split)
-    count = min(arguments.count, len(dataset)) if arguments.count else len(dataset)
-    paths = [[arguments.out / kind / f"{dataset.stem(index)}.png" for kind in ("images", "labels")] for index in range(count)]
-    refuse_existing([path for pair in paths for path in pair])
+    paths = {index: [arguments.out / kind / f"{dataset.stem(index)}.png" for kind in ("images", "labels")]
+             for index in evenly_spaced(len(dataset), arguments.count)}
+    refuse_existing([path for pair in paths.values() for path in pair])
     for kind in ("images", "labels"):
         (arguments.out / kind).mkdir(parents=True, exist_ok=True)
 
@@ -132,8 +135,8 @@ def export(config: dict, arguments: argparse.Namespace) -> None:
         Image.fromarray(image.transpose(1, 2, 0)).save(paths[index][0])
         Image.fromarray(dataset.form.encode(label)).save(paths[index][1])
 
-    list(in_threads(write, range(count), "writing"))
-    print(f"{count} of {len(dataset)} pairs in {arguments.out}/images and {arguments.out}/labels, "
+    list(in_threads(write, paths, "writing"))
+    print(f"{len(paths)} of {len(dataset)} pairs in {arguments.out}/images and {arguments.out}/labels, "
           f"{dataset.size[0]} x {dataset.size[1]} pixels")
 
 

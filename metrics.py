@@ -19,6 +19,7 @@ from tqdm import tqdm
 import diffusion
 from checkpoint import save_checkpoint
 from config import UserError
+from data import evenly_spaced
 from gan import noise
 from judges import FeatureNetwork, PerceptualNetwork, feature_network
 from sdm import SDMUNet
@@ -260,12 +261,6 @@ def data_key(dataset: Dataset, indices: list[int]) -> str:
     return digest.hexdigest()
 
 
-def evaluation_indices(length: int, num_images: int) -> list[int]:
-    """`num_images` indices spread evenly over 0..length - 1; all of them where num_images is 0 or too large."""
-    count = min(num_images or length, length)
-    return [i * length // count for i in range(count)]
-
-
 class _Shard(Dataset):
     def __init__(self, dataset: Dataset, places: list[tuple[int, int]]):
         self.dataset, self.places = dataset, places
@@ -303,8 +298,8 @@ def evaluate_generator(generate, dataset: Dataset, eval_config: dict, device: to
     if eval_config["diversity_samples"] > 1:
         perceptual = PerceptualNetwork(eval_config["diversity_network"], eval_config["diversity_weights"],
                                        eval_config["diversity_size"]).to(device)
-    indices = evaluation_indices(len(dataset), eval_config["num_images"])
-    diverse = {indices[i] for i in evaluation_indices(len(indices), eval_config["diversity_maps"])}
+    indices = evenly_spaced(len(dataset), eval_config["num_images"])
+    diverse = {indices[i] for i in evenly_spaced(len(indices), eval_config["diversity_maps"])}
     fake = Tally(network, segmenter, dataset.num_classes)
     real = Tally(network, segmenter, dataset.num_classes)
     key = repr((data_key(dataset, indices), network.description, segmenter and segmenter.description))

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from checkpoint import copy_checkpoint, load_checkpoint, save_checkpoint, whole_file
 from config import UserError, load_config, one_line
-from data import build_dataset, quick_check
+from data import build_dataset, evenly_spaced, quick_check
 from distributed import from_first_process, setup_distributed
 from diffusion import Diffusion
 from gan import GAN
@@ -154,7 +154,7 @@ def collect(pending: list[tuple[int, dict[str, torch.Tensor]]]) -> list[tuple[in
 def write_samples(path: Path, trainer, dataset, count: int = 8) -> None:
     """One sheet, a column a scene: label map, real image, and below what the trainer shows of its own."""
     palette = torch.from_numpy(dataset.palette).to(trainer.device)
-    pairs = [dataset[i * len(dataset) // count] for i in range(min(count, len(dataset)))]
+    pairs = [dataset[i] for i in evenly_spaced(len(dataset), count)]
     real, label_map, *instances = (torch.stack(column).to(trainer.device) for column in zip(*pairs))
     label_map = label_map.long()
     rows = [palette[label_map].permute(0, 3, 1, 2).float() / 255, real.float() / 255,

@@ -1,6 +1,7 @@
 """Data sets, label conventions, errors, and the commands of data.py, on miniature trees."""
 
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import data_tools
 import labels
 from config import UserError, one_line
 
+ROOT = Path(__file__).parent.parent
 RGB = np.random.default_rng(0).integers(0, 256, (6, 8, 3)).astype(np.uint8)
 FOLDERS = {"folder": ("{}/images/{}.jpg", "{}/labels/{}.png", "train", "val"),
            "ade20k": ("images/{}/{}.jpg", "annotations/{}/{}.png", "training", "validation"),
@@ -454,6 +456,18 @@ def test_export_spells_labels_as_the_data_set_does(tmp_path, monkeypatch, capsys
     assert np.array_equal(labels.read_label_file(out / "labels/a.png", 150, form.palette, ids=form.ids), dataset[0][1])
     assert run(monkeypatch, *arguments) == 1
     assert "exists; remove it or choose another --out" in capsys.readouterr().err
+
+
+def test_evenly_spaced():
+    assert data.evenly_spaced(10, 4) == [0, 2, 5, 7]
+    assert data.evenly_spaced(3, 0) == data.evenly_spaced(3, 9) == [0, 1, 2]
+
+
+def test_export_takes_the_pairs_that_evaluation_takes(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    assert run(monkeypatch, "export", "--config", ROOT / "config.yaml", "--split", "val",
+               "--count", 4, "--out", out, "data.size=[16, 16]") == 0
+    assert [p.stem for p in sorted((out / "images").iterdir())] == [f"val_{i:05d}" for i in (0, 125, 250, 375)]
 
 
 def test_show_draws_pairs_and_legend(tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ from config import UserError
 from data import build_dataset
 from gan import noise
 from metrics import (FeatureStatistics, Tally, class_color_errors, class_color_sums, confusion_matrix, evaluate_generator,
-                     evaluation_indices, frechet_distance, kernel_distance, sample_seed, segmentation_scores)
+                     frechet_distance, kernel_distance, sample_seed, segmentation_scores)
 
 SCENES = {"name": "scenes", "root": None, "size": [32, 32], "classes": None, "void": None, "palette": None,
           "load_scale": 1.0, "flip": False, "workers": 0, "skip_broken": False, "instances": False}
@@ -202,11 +202,6 @@ def test_missing_weights_are_one_line(tmp_path, monkeypatch):
     (tmp_path / "broken.pth").write_text("no weights")
     with pytest.raises(UserError, match="broken.pth"):
         judges.feature_network("inception", str(tmp_path / "broken.pth"))
-
-
-def test_evaluation_indices_are_spread_evenly():
-    assert evaluation_indices(10, 4) == [0, 2, 5, 7]
-    assert evaluation_indices(3, 0) == evaluation_indices(3, 9) == [0, 1, 2]
 
 
 class BlackIsZero:
