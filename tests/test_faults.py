@@ -279,9 +279,11 @@ def test_a_thousand_steps_grow_nothing(quick_config, tmp_path):
         print(step, seen[step])
     process.join()
     assert process.exitcode == 0, (tmp_path / "out.txt").read_text()
-    early, late = seen[330], seen[990]
-    assert late["files"] <= early["files"] and late["children"] == early["children"] == 2
-    assert late["memory"] < 1.03 * early["memory"] and late["memory of children"] < 1.03 * early["memory of children"]
+    # several looks each: a file may just be open, and the allocator hands freed blocks back at times of its own
+    for name, pick, growth in (("memory", max, 1.03), ("memory of children", max, 1.03), ("files", min, 1), ("children", max, 1)):
+        values = [look[name] for look in seen.values()]
+        assert pick(values[-4:]) <= growth * pick(values[:4]), name
+    assert seen[990]["children"] == 2
 
 
 # --- several processes ----------------------------------------------------------------------------------------------
