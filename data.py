@@ -12,6 +12,7 @@ spells them, so that `sample.py --labels` and `evaluate.py --labels` read them l
 """
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -298,6 +299,13 @@ def build_dataset(data_config: dict, split: str, seed: int = 0, augment: bool = 
 def say_once(line: str) -> None:
     """Print to stderr what this process has not said yet: judges build the data sets of the training anew."""
     print(line, file=sys.stderr)
+
+
+def leave_signals_to_parent(worker: int) -> None:
+    """For loading processes, which Ctrl-C and a cluster's SIGTERM reach too: the process that trains finishes its step, saves
+    and ends them. One that is left over dies a minute after its SIGTERM."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(60))
 
 
 def evenly_spaced(length: int, count: int) -> list[int]:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 import diffusion
 from checkpoint import save_checkpoint
 from config import UserError
-from data import evenly_spaced
+from data import evenly_spaced, leave_signals_to_parent
 from gan import noise
 from judges import FeatureNetwork, PerceptualNetwork, feature_network
 from sdm import SDMUNet
@@ -307,7 +307,7 @@ def evaluate_generator(generate, dataset: Dataset, eval_config: dict, device: to
     cached = gather(cache.is_file())[0]  # one process's view of the disk, so that all do the same
 
     shard = _Shard(dataset, list(enumerate(indices))[rank::world_size])
-    loader = DataLoader(shard, eval_config["batch_size"], num_workers=workers)
+    loader = DataLoader(shard, eval_config["batch_size"], num_workers=workers, worker_init_fn=leave_signals_to_parent)
     distances = []
     with tqdm(total=len(shard), desc="evaluate", unit="image", disable=rank != 0, leave=False) as bar:
         for positions, places, images, labels, *instances in loader:

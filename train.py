@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from checkpoint import copy_checkpoint, load_checkpoint, save_checkpoint, whole_file
 from config import UserError, load_config, one_line
-from data import build_dataset, evenly_spaced, quick_check
+from data import build_dataset, evenly_spaced, leave_signals_to_parent, quick_check
 from distributed import from_first_process, setup_distributed
 from diffusion import Diffusion
 from gan import GAN
@@ -275,12 +275,6 @@ def save(run: Path, step: int, config: dict, dataset, trainer) -> None:
     copy_checkpoint(folder / "latest.pt", folder / f"{step:07d}.pt")
     for old in sorted(folder.glob("[0-9]*.pt"))[: -config["train"]["keep"]]:
         old.unlink()
-
-
-def leave_signals_to_parent(worker: int) -> None:
-    """Ctrl-C reaches the loading processes too; the training process finishes its step and ends them."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN if number == signal.SIGINT else signal.SIG_DFL)
 
 
 class Recorder:

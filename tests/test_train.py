@@ -81,16 +81,18 @@ def test_shared_batch_gives_the_gradient_of_the_whole(run, train, tiny_config, t
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signals_save_and_leave(tiny_config, tmp_path, number):
+    """The signal reaches the loading processes too, as it does from a terminal or a cluster."""
     process = subprocess.Popen([sys.executable, ROOT / "train.py", "--config", tiny_config, "train.steps=100000",
-                                "train.save_every=0"], cwd=tmp_path, stdout=subprocess.PIPE, text=True,
-                               stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                                "train.save_every=0", "data.workers=2"], cwd=tmp_path, stdout=subprocess.PIPE, text=True,
+                               stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True)
     log = tmp_path / "runs/tiny/log.jsonl"
-    for _ in range(600):
-        if log.exists() and len(log.read_text().splitlines()) >= 2:
-            break
+    limit = time.monotonic() + 240
+    while not (log.exists() and len(log.read_text().splitlines()) >= 2):
+        assert time.monotonic() < limit, "it did not start to train"
         time.sleep(0.1)
-    process.send_signal(number)
+    os.killpg(process.pid, number)
     output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
     state = torch.load(tmp_path / "runs/tiny/checkpoints/latest.pt", weights_only=True)
     assert state["step"] >= 2 and f"stopped at step {state['step']}" in output
 
