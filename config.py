@@ -6,6 +6,7 @@ The sections `generator` and `discriminator` take a `name` and the arguments of 
 import copy
 import difflib
 import inspect
+import math
 import re
 import reprlib
 import types
@@ -208,7 +209,9 @@ def _convert(value, kind, source: str, key: str):
     kinds = kind.__args__ if isinstance(kind, types.UnionType) else (kind,)
     if float in kinds and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:  # YAML reads 1e-4 as text
-            return float(value)
+            if math.isfinite(float(value)):
+                return float(value)
+            raise UserError(f"{source}: {key} is {shorten(value)}; it takes a finite number")
         except (ValueError, OverflowError):
             pass
     if isinstance(value, kinds) and not (isinstance(value, bool) and bool not in kinds):
@@ -234,12 +237,16 @@ def _check_values(config: dict, source: str) -> None:
             ("train", 1, ("steps", "batch_size", "accumulation", "log_every", "keep")),
             ("train", 0, ("sample_every", "eval_every", "save_every", "lr_generator", "lr_discriminator", "ema")),
             ("data", 1, ("calibration_images",)), ("data", 0, ("workers",)),
-            ("loss", 1, ("diversity_every", "contrastive_patches")),
+            ("loss", 1, ("diversity_every", "contrastive_patches", "contrastive_scales")),
             ("eval", 1, ("batch_size", "segmenter_steps", "diversity_maps", "kid_subsets")), ("eval", 0, ("num_images",))):
         for key in keys:
             need(config[section][key] >= least, f"{section}.{key}", f"it is at least {least}")
-    need(config["seed"] >= 0, "seed", "it is at least 0")
-    need(config["backbone"]["input_scale"] > 0, "backbone.input_scale", "it is above 0")
+    for kind in ("generator", "discriminator"):
+        for key, value in config[kind].items():
+            need(type(value) is not int or value >= (key != "attention_scales"), f"{kind}.{key}", "it is at least 1")
+    need(0 <= config["seed"] < 2 ** 63, "seed", "it is 0 to 2 ** 63 - 1")
+    need(config["backbone"]["input_scale"] > 0 and min(size) * config["backbone"]["input_scale"] >= 1, "backbone.input_scale",
+         f"it is above 0 and leaves something of {size}")
     need(train["ema"] < 1, "train.ema", "it is a share from 0 to below 1")
     need(numbers(config["loss"]["diversity_margin"], 3), "loss.diversity_margin", "give three shares")
     need(numbers(train["betas"], 2) and max(map(float, train["betas"])) < 1, "train.betas", "Adam has two, from 0 to below 1")

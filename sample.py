@@ -130,8 +130,11 @@ def draw(generator, config: dict, stem: str, maps: list[torch.Tensor], arguments
         for k in range(arguments.num):
             yield generate(maps[0], [seed], k, *maps[1:])[0]
     else:
-        for given in plan_noise(stem, maps[0][0], generator, arguments, resampled):
-            yield to_uint8(generator(maps[0], **given))[0]
+        plan = plan_noise(stem, maps[0][0], generator, arguments, resampled)
+        kept = None if resampled is None else to_uint8(generator(maps[0], z=plan[0]["z"]))[0]
+        for given in plan:
+            image = to_uint8(generator(maps[0], **given))[0]
+            yield image if resampled is None else torch.where(given["region"], image, kept)
 
 
 @torch.no_grad()
@@ -151,7 +154,8 @@ def main(arguments: argparse.Namespace) -> None:
     names = {path: [f"{path.stem}.png"] if count == 1 else [f"{path.stem}_{k}.png" for k in range(count)] for path in paths}
     wanted = [name for group in names.values() for name in group] + ["grid.png"] * arguments.grid
     if len(set(wanted)) < len(wanted):
-        raise UserError(f"{arguments.labels}: a label map has the name of the sheet, grid.png; rename it or leave --grid out")
+        raise UserError(f"{arguments.labels}: two images would be called {next(n for n in wanted if wanted.count(n) > 1)}; rename a "
+                        f"label map (or leave --grid out, whose sheet is grid.png)")
     for name in wanted:
         if (arguments.out / name).exists():
             raise UserError(f"{arguments.out / name} exists; choose another --out")

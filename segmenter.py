@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from checkpoint import save_checkpoint
 from config import UserError, load_config, one_line
-from data import build_dataset
+from data import build_dataset, leave_signals_to_parent
 from judges import file_sha256
 from labels import label_format
 from metrics import confusion_matrix, data_key, gather, segmentation_scores
@@ -103,7 +103,7 @@ def train_segmenter(data_config: dict, steps: int, device: torch.device | str, s
     random = torch.Generator().manual_seed(seed)
     draws = torch.randint(len(dataset), (steps * BATCH_SIZE,), generator=random).tolist()
     loader = DataLoader(dataset, BATCH_SIZE, sampler=[(index, draw) for draw, index in enumerate(draws)],
-                        num_workers=data_config["workers"], generator=random)
+                        num_workers=data_config["workers"], generator=random, worker_init_fn=leave_signals_to_parent)
     weights = class_weights(dataset).to(device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -256,7 +256,7 @@ def segmenter_for(config: dict, cache_dir: str | Path, device: torch.device | st
     source = judges["segmenter"]
     if source is None:
         dataset = build_dataset(data_config, "train")
-        key = repr((RECIPE, data_key(dataset, list(range(len(dataset)))), judges["segmenter_steps"]))
+        key = repr((RECIPE, data_key(dataset, list(range(len(dataset)))), dataset.class_names, judges["segmenter_steps"]))
         path = Path(cache_dir) / f"segmenter-{hashlib.sha256(key.encode()).hexdigest()[:16]}.pt"
         if rank == 0 and not path.is_file():
             save_checkpoint(train_segmenter(data_config, judges["segmenter_steps"], device), path)

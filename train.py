@@ -72,10 +72,13 @@ def find_checkpoint(run: Path, config: dict, resume: bool) -> Path | None:
     if run.exists() and not resume:
         raise UserError(f"{run} exists; go on with --resume, or choose another name=...")
     if (run / "config.yaml").exists():
-        before = load_config(run / "config.yaml")
-        for section in ("seed", "data", "generator", "discriminator", "backbone"):
-            if before[section] != config[section]:
-                raise UserError(f"{run}/config.yaml: {section} differs from the configuration given; "
+        flat = lambda config: {"seed": config["seed"]} | {
+            f"{section}.{key}": value for section in ("data", "generator", "discriminator", "backbone")
+            for key, value in config[section].items() if key != "workers"}
+        before, now = flat(load_config(run / "config.yaml")), flat(config)
+        for key in before | now:
+            if before.get(key) != now.get(key):
+                raise UserError(f"{run}/config.yaml: {key} is {before.get(key)!r}, now {now.get(key)!r}; "
                                 f"resume with the same, or choose another name=...")
     latest = run / "checkpoints" / "latest.pt"
     return latest if latest.exists() else None
@@ -183,6 +186,8 @@ def start_networks(trainer, config: dict, dataset, source: Path | None) -> tuple
     except (RuntimeError, KeyError, ValueError) as error:
         raise UserError(f"{source or config['init_from']}: its networks differ from those configured "
                         f"({' '.join(str(error).split())[:200]}); use the configuration it was trained with") from error
+    if source and state["step"] > config["train"]["steps"]:
+        raise UserError(f"{source}: has reached step {state['step']}; raise train.steps (now {config['train']['steps']})")
     return state["step"] if source else 0, maps
 
 
@@ -255,13 +260,15 @@ def main(config: dict, resume: bool) -> None:
             evaluate(step)
         since = time.time() if saving else since
         if stopping:
+            bar.close()
             if rank == 0:
-                print(f"\nstopped at step {step}; saved {run}/checkpoints/latest.pt; go on with --resume")
+                print(f"stopped at step {step}; saved {run}/checkpoints/latest.pt; go on with --resume")
             break
-    bar.close()
-    if rank == 0 and not stop:
-        print(summary(recorder.latest))
-        print(f"samples: {sorted((run / 'samples').glob('*.png'))[-1]}\ncheckpoint: {run}/checkpoints/latest.pt")
+    else:
+        bar.close()
+        if rank == 0:
+            print(summary(recorder.latest))
+            print(f"samples: {sorted((run / 'samples').glob('*.png'))[-1]}\ncheckpoint: {run}/checkpoints/latest.pt")
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -349,3 +356,5 @@ if __name__ == "__main__":
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         sys.exit(f"error: runs: cannot be written ({error.strerror}); free space and go on with --resume")
+    except KeyboardInterrupt:  # until the first step; then a flag is set
+        sys.exit("stopped before the first step; nothing to save")

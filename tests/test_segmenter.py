@@ -40,8 +40,9 @@ def test_learns_and_is_kept(config, tmp_path, monkeypatch):
     monkeypatch.setattr("segmenter.train_segmenter", lambda *args: pytest.fail("trained twice"))
     again = segmenter_for(config, tmp_path / "cache", "cpu")
     assert again.description == segmenter.description
-    for changed in ({"eval": JUDGES | {"segmenter_steps": 2}}, {"data": config["data"] | {"size": [24, 16]}}):
-        with pytest.raises(pytest.fail.Exception, match="trained twice"):  # other steps or size: another segmenter
+    for changed in ({"eval": JUDGES | {"segmenter_steps": 2}}, {"data": config["data"] | {"size": [24, 16]}},
+                    {"data": config["data"] | {"classes": ["sky", "road", "tree"]}}):
+        with pytest.raises(pytest.fail.Exception, match="trained twice"):  # another segmenter
             segmenter_for(config | changed, tmp_path / "cache", "cpu")
 
 

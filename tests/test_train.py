@@ -42,7 +42,11 @@ def test_run_folder_and_exact_resume(train, tiny_config, tmp_path):
     train(tiny_config, "name=parts", "train.steps=2")
     with pytest.raises(UserError, match="--resume"):
         train(tiny_config, "name=parts", "train.steps=6")
-    train(tiny_config, "name=parts", "train.steps=6", resume=True)
+    with pytest.raises(UserError, match="has reached step 2; raise train.steps"):
+        train(tiny_config, "name=parts", "train.steps=1", resume=True)
+    with pytest.raises(UserError, match=r"data.size is \[32, 32\], now \[64, 64\]"):
+        train(tiny_config, "name=parts", "train.steps=6", "data.size=[64, 64]", resume=True)
+    train(tiny_config, "name=parts", "train.steps=6", "data.workers=1", resume=True)
     logs = [read_log(tmp_path / "runs" / name) for name in ("whole", "parts")]
     assert [r["step"] for r in logs[1]] == [1, 2, 3, 4, 5, 6]
     assert losses_of(logs[0]) == losses_of(logs[1])
@@ -241,6 +245,8 @@ def test_compiled_networks_train_like_the_others(capsys):
     ("train", "steps", 0), ("train", "betas", ["a", 0.9]), ("train", "betas", [0, 1]), ("train", "ema", 1.0),
     ("train", "lr_generator", -1.0), ("eval", "batch_size", 0), ("eval", "diversity_maps", 0), ("eval", "num_images", -5),
     ("data", "workers", -1), ("data", "calibration_images", 0), ("backbone", "input_scale", 0.0),
+    ("backbone", "input_scale", 0.01), ("data", "load_scale", float("inf")), ("generator", "num_tokens", 0),
+    ("discriminator", "channels", 0), ("loss", "contrastive_scales", 0),
     ("loss", "diversity_margin", ["a", "b", "c"]), ("loss", "contrastive_patches", 0)])
 def test_values_that_cannot_work_are_refused(section, key, value):
     with pytest.raises(UserError, match=rf"^mine.yaml: {section}\.{key} is .*; "):
