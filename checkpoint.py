@@ -1,8 +1,8 @@
 """Checkpoints: written so that a kill at any instant leaves a loadable one, read without unpickling objects.
 
-A checkpoint is a dict: config, class_names (C), palette (C + 1 rows [r, g, b], the last is void), ids (256: what
-each id in a label file means, see `LabelFormat`), step, and the state of the networks (generator, ema, discriminator,
-...). The frozen backbone is not in it.
+A checkpoint is a dict: config (the settings), class_names (C), palette (C + 1 rows [r, g, b], the last is void), ids (256:
+what each id in a label file means, see `LabelFormat`), step, and the state of the networks (generator, ema,
+discriminator, ...). The frozen backbone is not in it.
 """
 
 import os
@@ -15,16 +15,12 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
-import oasis
-from config import UserError, check_config, load_config
-from gan import build_network
-from labels import UNKNOWN, is_color, label_format
-from sdm import SDMUNet
+from config import UserError, check_settings, load_settings
+from interface import System
+from labels import UNKNOWN, LabelFormat, is_color, label_format
+from systems import system_for
 
 PARTS = {"config": dict, "class_names": list, "palette": list, "step": int, "ema": dict}  # what every reader relies on
-
-# generator class -> (network, state dict, file name)
-OFFICIAL_LOADERS = {oasis.OASISGenerator: oasis.load_official, SDMUNet: SDMUNet.load_official}
 
 
 @contextmanager
@@ -64,37 +60,39 @@ def copy_checkpoint(source: Path, path: Path) -> None:
             shutil.copyfile(source, temporary)
 
 
+def label_state(form: LabelFormat) -> dict:
+    """What a checkpoint keeps of the label files, so that sample.py needs no data set."""
+    return {"class_names": form.class_names, "palette": form.palette.tolist(), "ids": form.ids.tolist()}
+
+
 def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dict:
     """Read a checkpoint of this project.
 
     Raises:
-        UserError: no such file, or one that is cut short, altered or something else; the newest whole one beside it is
-            named.
+        UserError: no such file, or one that is cut short, altered or something else.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such checkpoint; train.py writes runs/NAME/checkpoints/latest.pt")
     try:
-        return read_checkpoint(path, device)
+        with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
+            if sum(part.file_size for part in archive.infolist()) > path.stat().st_size:
+                raise ValueError("its parts claim to be larger than the file")
+            if archive.testzip() is not None:
+                raise ValueError("a part has a wrong checksum")
+        state = torch.load(path, map_location=device, weights_only=True)
+        check_parts(state)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # zipfile and the unpickler raise many kinds of errors on damaged files
-        others = sorted((p for p in path.parent.glob("*.pt") if p != path), key=lambda p: p.stat().st_mtime, reverse=True)
-        whole = next(filter(is_whole, others), None)
-        remedy = (f"the newest whole one is {whole}: name that, or go on from it with `mv {whole} {path}` and --resume"
-                  if whole else "no whole one lies beside it")
-        raise UserError(f"{path}: cut short, altered or not a checkpoint of this project ({reason(error)}); {remedy}. "
-                        f"An official checkpoint needs --config") from error
+        raise UserError(f"{path}: cut short, altered or not a checkpoint of this project ({reason(error)}); name another "
+                        f"one beside it, or copy that over it and go on with --resume. An official checkpoint needs "
+                        f"--config") from error
+    return state
 
 
-def read_checkpoint(path: Path, device: str | torch.device) -> dict:
-    """What `load_checkpoint` gives. Raises ValueError, or whatever zipfile and torch raise on damaged files."""
-    with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
-        if sum(part.file_size for part in archive.infolist()) > path.stat().st_size:
-            raise ValueError("its parts claim to be larger than the file")
-        if archive.testzip() is not None:
-            raise ValueError("a part has a wrong checksum")
-    state = torch.load(path, map_location=device, weights_only=True)
+def check_parts(state) -> None:
+    """Raise ValueError unless `state` has what every reader relies on."""
     for name, kind in PARTS.items():
         if not isinstance(state, dict) or not isinstance(state.get(name), kind):
             raise ValueError(f"it has no {name}")
@@ -103,16 +101,6 @@ def read_checkpoint(path: Path, device: str | torch.device) -> dict:
     known = {*range(len(state["class_names"]) + 1), UNKNOWN}
     if "ids" in state and (len(state["ids"]) != 256 or not set(state["ids"]) <= known):
         raise ValueError("its label ids do not fit its classes")
-    return state
-
-
-def is_whole(path: Path) -> bool:
-    """Whether a file can be read as a checkpoint of this project."""
-    try:
-        read_checkpoint(path, "cpu")
-    except Exception:  # as in load_checkpoint
-        return False
-    return True
 
 
 def reason(error: Exception) -> str:
@@ -120,36 +108,40 @@ def reason(error: Exception) -> str:
     return (str(error).splitlines() or [""])[0][:120] or type(error).__name__
 
 
+def newest_checkpoint() -> Path:
+    """The youngest runs/*/checkpoints/latest.pt. Raises UserError if there is none."""
+    found = sorted(Path("runs").glob("*/checkpoints/latest.pt"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise UserError("runs/*/checkpoints/latest.pt: none here; train a model or name one with --checkpoint")
+    return found[-1]
+
+
 def load_generator(path: str | Path, device: str | torch.device = "cpu",
-                   config_path: str | Path | None = None) -> tuple[nn.Module, dict]:
-    """The generator (its moving average) in eval mode, and the checkpoint it came from; see `load_checkpoint`.
+                   config_path: str | Path | None = None) -> tuple[System, nn.Module, dict]:
+    """The system of a checkpoint, its generator (the moving average) in eval mode, and the checkpoint.
 
     With `config_path`, `path` is a state dict of an official code, which carries no configuration; class names,
-    palette and ids are the data set's then, and the step is 0.
+    palette and ids are the data set's then, and the step is 0. Raises UserError.
     """
     if config_path:
-        config = load_config(config_path)
-        form = label_format(config["data"])
-        state = {"config": config, "class_names": form.class_names, "palette": form.palette.tolist(),
-                 "ids": form.ids.tolist(), "step": 0}
+        settings = load_settings(config_path)
+        state = {**label_state(label_format(settings.data)), "step": 0}
     else:
         state = load_checkpoint(path, device)
-        state["config"] = check_config(state["config"], str(path))
+        settings = check_settings(state["config"], str(path))
         if "ids" not in state:  # written before checkpoints had them
-            state["ids"] = label_format(state["config"]["data"]).ids.tolist()
-    generator = build_network("generator", state["config"], len(state["class_names"]))
-    if config_path:
-        if type(generator) not in OFFICIAL_LOADERS:
-            raise UserError(f"{config_path}: generator.name is {state['config']['generator']['name']}, whose checkpoints "
-                            f"carry their configuration; leave --config out, or name that of an official checkpoint")
-        OFFICIAL_LOADERS[type(generator)](generator, read_official(path), str(path))
-    else:
-        try:
+            state["ids"] = label_format(settings.data).ids.tolist()
+    system = system_for(settings, len(state["class_names"]))
+    generator = system.build()
+    try:
+        if config_path:
+            system.load_official(generator, read_official(path), str(path))
+        else:
             generator.load_state_dict(state["ema"])
-        except (RuntimeError, TypeError, AttributeError) as error:
-            raise UserError(f"{path}: its networks are not those of its configuration ({' '.join(str(error).split())[:200]}); "
-                            f"use the version of this code that wrote it") from error
-    return generator.to(device, memory_format=torch.channels_last).eval().requires_grad_(False), state
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: its networks are not those of its configuration ({' '.join(str(error).split())[:200]}); "
+                        f"use the version of this code that wrote it") from error
+    return system, generator.to(device, memory_format=torch.channels_last).eval().requires_grad_(False), state
 
 
 def read_official(path: str | Path) -> dict:

@@ -1,27 +1,47 @@
-"""Configuration: every key with its type and default in one table, YAML files and key.path=value overrides checked against it.
+"""Settings: every key with its type, default and meaning, one class a section; YAML files and key.path=value overrides.
 
-The sections `generator` and `discriminator` take a `name` and the arguments of the class of that name.
+    python config.py > config.schema.json
+
+writes the JSON schema by which editors complete and check the YAML files. The sections `generator` and `discriminator`
+take a `name` and the arguments of the network of that name, which are checked where it is built (systems.py).
 """
 
-import copy
 import difflib
-import inspect
-import math
+import json
 import re
 import reprlib
-import types
+import sys
+import traceback
+from collections.abc import Callable
 from pathlib import Path
+from typing import Annotated, Literal
 
 import yaml
+from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, field_validator, model_validator
 
 
-class UserError(Exception):
+class UserError(ValueError):
     """An error the user can mend: one line that names the file, the value and the remedy."""
 
 
-def one_line(error: UserError) -> str:
-    """Its text; one raised in a loading process comes with the traceback of that process, and ends with the text."""
-    return re.sub(r"^\w+\.(UserError|Unreadable|WrongLabel|UnequalSizes): ", "", str(error).strip().splitlines()[-1])
+def run_script(main: Callable[[], None]) -> None:
+    """Call a script's `main` and turn an error of the user into one line, `error: ...`, and exit status 1.
+
+    That is a UserError, or a ValueError raised in one of these files. A ValueError of a library is a bug and keeps its
+    traceback. An error of a loading process comes with that process's traceback and ends with its own text.
+    """
+    try:
+        main()
+    except ValueError as error:
+        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+        if not isinstance(error, UserError) and raised_in.parent != Path(__file__).parent:
+            raise
+        sys.exit(f"error: {one_line(error)}")
+
+
+def one_line(error: ValueError) -> str:
+    """The text of an error of the user."""
+    return re.sub(r"^\w+\.UserError: ", "", str(error).strip().splitlines()[-1])
 
 
 def shorten(value) -> str:
@@ -31,242 +51,239 @@ def shorten(value) -> str:
     return short.repr(value)
 
 
-OptionalStr, OptionalInt, OptionalFloat = str | None, int | None, float | None
+class Section(BaseModel):
+    """A part of the settings. It cannot be changed; `model_copy(update={...})` gives another one."""
 
-# section -> key -> (type, default, meaning)
-SCHEMA = {
-    "name": (str, "scenes", "results go to runs/NAME"),
-    "seed": (int, 0, "initial weights, noise, order and augmentation follow from it"),
-    "init_from": (OptionalStr, None, "checkpoint whose networks training starts from (fine-tuning)"),
-    "data": {
-        "name": (str, "scenes", "scenes, folder, ade20k, coco_stuff, cityscapes or celebamask_hq"),
-        "root": (OptionalStr, None, "folder of the data set; scenes needs none"),
-        "size": (list, [64, 64], "[height, width] of the images, in pixels"),
-        "classes": (int | list | str | None, None, "folder: a count, a list of names, or a .csv like those in classes/"),
-        "void": (OptionalInt, None, "folder: id of unlabelled pixels in the label files"),
-        "palette": (list | None, None, "folder: one [r, g, b] a class, for label files in colours"),
-        "load_scale": (float, 1.0, "training images are resized to load_scale x size before the random crop"),
-        "flip": (bool, True, "random horizontal flips in training"),
-        "calibration_images": (int, 256, "training pairs that statistics are measured on: the backbone's, batch norm's"),
-        "workers": (int, 1, "loading processes of each training process"),
-        "skip_broken": (bool, False, "go on without files that cannot be read"),
-        "instances": (bool, False, "cityscapes: read instance maps too, for a generator with instance_edges"),
-    },
-    "generator": {"name": (str, "dp_sims", "dp_sims or oasis, trained against the discriminator, or sdm, trained by diffusion; "
-                                 "further keys are the arguments of its class")},
-    "discriminator": {"name": (str, "backbone", "backbone or oasis; further keys are the arguments of its class")},
-    "backbone": {
-        "name": (str, "tf_efficientnet_lite0", "any timm network with intermediate features"),
-        "pretrained": (bool, True, "false: the same architecture with random weights"),
-        "weights": (OptionalStr, None, "local weight file; none: from its package or timm's hub"),
-        "conditioning": (str, "both", "both, normalize, sigmoid or none"),
-        "input_scale": (float, 1.0, "images are resized by this factor before the backbone"),
-    },
-    "loss": {
-        "focal_gamma": (float, 2.0, "focusing of the pixel loss; 0 is plain cross-entropy"),
-        "class_balancing": (float, 0.75, "weigh classes by their pixel frequency in the batch to the power of -this; 0 = alike"),
-        "contrastive": (float, 0.3, "weight of the patch contrastive loss"),
-        "contrastive_scales": (int, 2, "how many of the backbone's coarsest usable scales it sees"),
-        "contrastive_patches": (int, 64, "patches an image and scale"),
-        "contrastive_temperature": (float, 0.3, "temperature of its softmax"),
-        "perceptual": (float, 0.0, "weight of an L1 distance between backbone features, an alternative to the former"),
-        "diversity": (float, 2.0, "weight of the diversity hinge"),
-        "diversity_margin": (list, [0.05, 0.25, 0.85], "required mean distance in coarse brightness, coarse "
-                             "color and detail, as shares of that between different real images"),
-        "diversity_every": (int, 1, "every so many steps the fake batch is two samples of every other label map"),
-        "diversity_regional": (float, 0.5, "share of the pairs whose noises differ in random classes alone"),
-        "labelmix": (float, 0.0, "weight of OASIS's LabelMix consistency of the discriminator"),
-        "locality": (float, 0.5, "weight of the change outside the region whose noise was redrawn, as a share of that inside"),
-    },
-    "diffusion": {  # with generator.name sdm, in place of discriminator, backbone and loss
-        "steps": (int, 1000, "steps of an image in evaluation and sample.py, 2 to 1000; published: 1000"),
-        "sheet_steps": (int, 50, "steps of an image in samples/STEP.png"),
-        "sampler": (str, "ancestral", "ancestral or ddim"),
-        "guidance": (float, 1.5, "1: the network with the label map; above, away from what it does without"),
-        "drop_labels": (float, 0.2, "share of the label maps withheld in training, which guidance rests on"),
-    },
-    "train": {
-        "steps": (int, 600, "steps in all; each updates every network once"),
-        "batch_size": (int, 8, "images a step over all processes and accumulation rounds"),
-        "accumulation": (int, 1, "rounds of forward and backward a step"),
-        "compile": (bool, False, "torch.compile for generator and discriminator; meant for GPUs"),
-        "lr_generator": (float, 4e-4, "Adam"),
-        "lr_discriminator": (float, 4e-4, "Adam"),
-        "betas": (list, [0.0, 0.99], "Adam's"),
-        "fresh_fakes": (bool, False, "the discriminator's fakes come from the updated generator, at the cost of a forward pass"),
-        "ema": (float, 0.999, "decay of the generator's moving average, the model that is sampled and evaluated"),
-        "log_every": (int, 10, "steps"),
-        "sample_every": (int, 200, "steps; 0 = only at the end"),
-        "eval_every": (int, 0, "steps; 0 = only at the end"),
-        "save_every": (int, 200, "steps; 0 = only at the end"),
-        "keep": (int, 3, "how many checkpoints/STEP.pt stay"),
-    },
-    "eval": {
-        "metric": (str, "fd_tf_efficientnet_lite2", "the metric that picks best.pt"),
-        "num_images": (int, 0, "held-out images; 0 = all of the split"),
-        "batch_size": (int, 8, "images at once, in each process"),
-        "features": (str, "tf_efficientnet_lite2", "network of Frechet distance and KID: inception, stlpips_vgg or any timm name"),
-        "features_weights": (OptionalStr, None, "its local weight file"),
-        "features_size": (OptionalInt, None, "side in pixels that it sees; none: what it was trained at"),
-        "kid_subsets": (int, 100, "subsets that KID is averaged over"),
-        "kid_subset_size": (int, 1000, "images a subset, at most those there are"),
-        "segmenter": (OptionalStr, None, "file or hf:NAME; none: one is trained on the real training split"),
-        "segmenter_mapping": (list | None, None, "class for each id of that segmenter, -1 for none; none: by name or the same"),
-        "segmenter_steps": (int, 400, "training steps of that one"),
-        "diversity_network": (str, "stlpips_vgg", "lpips_alex, lpips_vgg, stlpips_alex or stlpips_vgg"),
-        "diversity_weights": (OptionalStr, None, "local weight file of the backbone of lpips_*"),
-        "diversity_size": (OptionalInt, 128, "height that samples are resized to for it; none: as they are"),
-        "diversity_maps": (int, 32, "label maps whose samples are compared"),
-        "diversity_samples": (int, 4, "samples a map; all pairs are compared; 0 = no diversity"),
-    },
-}
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
 
-def network_classes(kind: str) -> dict[str, type]:
-    """Name -> class, for `kind` "generator" or "discriminator". A new network is listed here."""
-    import models  # here, since the networks' files import this one
-    import oasis
-    import sdm
-    return {"generator": {"dp_sims": models.Generator, "oasis": oasis.OASISGenerator, "sdm": sdm.SDMUNet},
-            "discriminator": {"backbone": models.Discriminator, "oasis": oasis.OASISDiscriminator}}[kind]
+Flag = Annotated[bool, Strict()]
+Id = Annotated[int, Strict()]
+Whole = Annotated[int, Strict(), Field(ge=0)]
+Count = Annotated[int, Strict(), Field(ge=1)]
+Weight = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, lt=1)]
 
 
-def network_arguments(cls: type) -> dict:
-    """The configurable arguments of a network class: those that have a default, as name -> (type, default, meaning)."""
-    parameters = inspect.signature(cls).parameters.values()
-    plain = lambda value: list(value) if isinstance(value, tuple) else value
-    return {p.name: (type(plain(p.default)), plain(p.default), "") for p in parameters if p.default is not p.empty}
+def key(default, meaning: str, **limits):
+    """A field with its default, its meaning and, where its type does not say so, its range."""
+    return Field(default, description=meaning, **limits)
 
 
-def load_config(path: str | Path, overrides: list[str] = ()) -> dict:
+class DataSettings(Section):
+    name: Literal["scenes", "folder", "ade20k", "coco_stuff", "cityscapes", "celebamask_hq"] = key("scenes", "the data set")
+    root: str | None = key(None, "folder of the data set; scenes needs none")
+    size: tuple[Count, Count] = key((64, 64), "[height, width] of the images, or one number, in pixels")
+    classes: Id | list[Id | str] | str | None = key(None, "folder: a count, names, or a .csv like those in classes/")
+    void: Id | None = key(None, "folder: id of unlabelled pixels in the label files")
+    palette: list[list[Id]] | None = key(None, "folder: one [r, g, b] a class, for label files in colours")
+    holdout: Share = key(0.0, "share of the training pairs to hold out, by their names, where there is no val folder")
+    load_scale: float = key(1.0, "training images are resized to load_scale x size before the random crop", ge=1)
+    flip: Flag = key(True, "random horizontal flips in training")
+    calibration_images: Count = key(256, "training pairs that the statistics of networks are measured on")
+    workers: Whole = key(1, "loading processes of each training process")
+    skip_broken: Flag = key(False, "go on without files that cannot be read")
+    instances: Flag = key(False, "cityscapes: read instance maps too, for a generator with instance_edges")
+
+    @field_validator("size", mode="before", json_schema_input_type=Count | tuple[Count, Count])
+    @classmethod
+    def _square(cls, size):
+        return (size, size) if isinstance(size, int) else size
+
+
+class NetworkSettings(Section):
+    model_config = ConfigDict(extra="allow")
+
+    @property
+    def arguments(self) -> dict:
+        """What is given beside the name: arguments of the network's class."""
+        return self.model_extra
+
+
+class GeneratorSettings(NetworkSettings):
+    name: str = key("dp_sims", "a system of systems.py: dp_sims or oasis, trained against the discriminator, or sdm, trained "
+                    "by diffusion; further keys are the arguments of its generator's class")
+
+
+class DiscriminatorSettings(NetworkSettings):
+    name: str = key("backbone", "backbone or oasis; further keys are the arguments of its class")
+
+
+class BackboneSettings(Section):
+    name: str = key("tf_efficientnet_lite0", "any timm network with intermediate features")
+    pretrained: Flag = key(True, "false: the same architecture with random weights")
+    weights: str | None = key(None, "local weight file; none: from its package or timm's hub")
+    conditioning: Literal["both", "normalize", "sigmoid", "none"] = key("both", "of the features, at every scale")
+    input_scale: float = key(1.0, "images are resized by this factor before the backbone", gt=0)
+
+
+class LossSettings(Section):
+    focal_gamma: float = key(2.0, "focusing of the pixel loss; 0 is plain cross-entropy")
+    class_balancing: float = key(0.75, "weigh classes by their share of the pixels to the power of -this; 0 = alike")
+    contrastive: float = key(0.3, "weight of the patch contrastive loss")
+    contrastive_scales: Count = key(2, "how many of the backbone's coarsest usable scales it sees")
+    contrastive_patches: Count = key(64, "patches an image and scale")
+    contrastive_temperature: float = key(0.3, "temperature of its softmax")
+    perceptual: float = key(0.0, "weight of an L1 distance between backbone features, an alternative to the former")
+    diversity: float = key(2.0, "weight of the diversity hinge")
+    diversity_margin: tuple[Weight, Weight, Weight] = key(
+        (0.05, 0.25, 0.85), "required distance in coarse brightness, coarse color, detail, as shares of real images'")
+    diversity_every: Count = key(1, "every so many steps the fake batch is two samples of every other label map")
+    diversity_regional: float = key(0.5, "share of the pairs whose noises differ in random classes alone")
+    augment: float = key(0.0, "strength of the augmentation of what the discriminator sees; 0 = none", ge=0, le=1)
+    labelmix: float = key(0.0, "weight of OASIS's LabelMix consistency of the discriminator")
+    locality: float = key(0.5, "weight of the change outside the region whose noise was redrawn, per change inside")
+
+
+class DiffusionSettings(Section):
+    """With generator.name sdm, in place of discriminator, backbone and loss."""
+
+    steps: int = key(1000, "steps of an image in evaluation and sample.py; published: 1000", ge=2, le=1000)
+    sheet_steps: int = key(50, "steps of an image in samples/STEP.png", ge=2, le=1000)
+    sampler: Literal["ancestral", "ddim"] = key("ancestral", "draws each step anew, or lets the first noise decide")
+    guidance: Weight = key(1.5, "1: the network with the label map; above, away from what it does without")
+    drop_labels: Share = key(0.2, "share of the label maps withheld in training, which guidance rests on")
+
+
+class TrainSettings(Section):
+    steps: Count = key(600, "steps in all; each updates every network once")
+    batch_size: Count = key(8, "images a step over all processes and accumulation rounds")
+    accumulation: Count = key(1, "rounds of forward and backward a step")
+    compile: Flag = key(False, "torch.compile for generator and discriminator; meant for GPUs")
+    lr_generator: Weight = key(4e-4, "Adam")
+    lr_discriminator: Weight = key(4e-4, "Adam")
+    betas: tuple[Share, Share] = key((0.0, 0.99), "Adam's")
+    fresh_fakes: Flag = key(False, "the discriminator's fakes come from the updated generator, for one more forward pass")
+    ema: Share = key(0.999, "decay of the generator's moving average, the model that is sampled and evaluated")
+    log_every: Count = key(10, "steps")
+    sample_every: Whole = key(200, "steps; 0 = only at the end")
+    eval_every: Whole = key(0, "steps; 0 = only at the end")
+    save_every: Whole = key(200, "steps; 0 = only at the end")
+    keep: Count = key(3, "how many checkpoints/STEP.pt stay")
+
+
+class EvalSettings(Section):
+    metric: str = key("fd_tf_efficientnet_lite2", "the metric that picks best.pt")
+    num_images: Whole = key(0, "held-out images; 0 = all of the split")
+    batch_size: Count = key(8, "images at once, in each process")
+    features: str = key("tf_efficientnet_lite2", "network of the distances: inception, stlpips_vgg or any timm name")
+    features_weights: str | None = key(None, "its local weight file")
+    features_size: Count | None = key(None, "side in pixels that it sees; none: what it was trained at")
+    kid_subsets: Count = key(100, "subsets that KID is averaged over")
+    kid_subset_size: Id = key(1000, "images a subset, at most those there are")
+    segmenter: str | None = key(None, "file or hf:NAME; none: one is trained on the real training split")
+    segmenter_mapping: list[Id] | None = key(None, "class for each of its ids, -1 for none; none: by name or the same")
+    segmenter_steps: Count = key(400, "training steps of that one")
+    diversity_network: str = key("stlpips_vgg", "lpips_alex, lpips_vgg, stlpips_alex or stlpips_vgg")
+    diversity_weights: str | None = key(None, "local weight file of the backbone of lpips_*")
+    diversity_size: Count | None = key(128, "height that samples are resized to for it; none: as they are")
+    diversity_maps: Count = key(32, "label maps whose samples are compared")
+    diversity_samples: Whole = key(4, "samples a map; all pairs are compared; 0 = no diversity")
+
+
+class Settings(Section):
+    """All of a run."""
+
+    name: str = key("scenes", "results go to runs/NAME")
+    seed: int = key(0, "initial weights, noise, order and augmentation follow from it", ge=0, lt=2 ** 63)
+    init_from: str | None = key(None, "checkpoint whose networks training starts from (fine-tuning)")
+    data: DataSettings = DataSettings()
+    generator: GeneratorSettings = GeneratorSettings()
+    discriminator: DiscriminatorSettings = DiscriminatorSettings()
+    backbone: BackboneSettings = BackboneSettings()
+    loss: LossSettings = LossSettings()
+    diffusion: DiffusionSettings = DiffusionSettings()
+    train: TrainSettings = TrainSettings()
+    eval: EvalSettings = EvalSettings()
+
+    @field_validator("name")
+    @classmethod
+    def _one_folder(cls, name: str) -> str:
+        if name in ("", ".", "..", "cache") or set(name) & set('/\\\0'):
+            raise ValueError("it is the name of one folder, and runs/cache is taken")
+        return name
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> "Settings":
+        if min(self.data.size) * self.backbone.input_scale < 1:
+            raise ValueError(f"backbone.input_scale is {self.backbone.input_scale}; it leaves nothing of {self.data.size}")
+        if self.diffusion.drop_labels == 0 and self.diffusion.guidance != 1:
+            raise ValueError(f"diffusion.guidance is {self.diffusion.guidance}; without dropped label maps "
+                             f"(diffusion.drop_labels) nothing is learned that it could use: set 1")
+        return self
+
+
+def load_settings(path: str | Path, overrides: list[str] = ()) -> Settings:
     """Read a YAML file, apply `key.path=value` overrides, check everything and fill in the defaults.
 
     Raises:
-        UserError: unreadable file, unknown key (the nearest right one is named) or wrong type.
+        UserError: unreadable file, unknown key (the nearest right one is named), wrong type or value.
     """
     try:
         given = yaml.safe_load(Path(path).read_text()) or {}
     except Exception as error:  # PyYAML raises many kinds of errors on odd values
-        raise UserError(f"{path}: cannot be read as YAML ({' '.join(str(error).split())[:300] or type(error).__name__})") from error
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(f"{path}: cannot be read as YAML ({reason})") from error
     if not isinstance(given, dict):
         raise UserError(f"{path}: holds {type(given).__name__}, not keys and values")
-    return check_config(apply_overrides(given, overrides), str(path))
+    return check_settings(apply_overrides(given, overrides), str(path))
 
 
 def apply_overrides(given: dict, overrides: list[str]) -> dict:
     """Set each `key.path=value` in a nested dict, in place; the values are YAML. Raises UserError."""
     for override in overrides:
-        key, equals, value = override.partition("=")
+        path, equals, value = override.partition("=")
         if not equals:
             raise UserError(f"{override!r}: overrides are written key.path=value")
         section = given
-        *parents, last = key.split(".")
+        *parents, last = path.split(".")
         for parent in parents:
             section = section.setdefault(parent, {})
             if not isinstance(section, dict):
                 raise UserError(f"{override!r}: {parent} is a value, not a section")
         try:
             section[last] = yaml.safe_load(value)
-        except Exception as error:  # as in load_config
+        except Exception as error:  # as in load_settings
             raise UserError(f"{override!r}: the value is not YAML") from error
     return given
 
 
-def check_config(given: dict, source: str) -> dict:
-    """Check a nested dict against the schema and fill in the defaults; `source` is named in errors."""
-    schema = copy.deepcopy(SCHEMA)
-    for kind in ("generator", "discriminator"):
-        section = given.get(kind)
-        name = section.get("name", SCHEMA[kind]["name"][1]) if isinstance(section, dict) else SCHEMA[kind]["name"][1]
-        classes = network_classes(kind)
-        if not isinstance(name, str) or name not in classes:
-            raise UserError(f"{source}: {kind}.name is {shorten(name)}; there are {', '.join(classes)}")
-        schema[kind].update(network_arguments(classes[name]))
-    config = _fill(given, schema, source, "")
-    _check_values(config, source)
-    return config
+def check_settings(given: dict, source: str, model: type[BaseModel] = Settings, prefix: str = "") -> BaseModel:
+    """Check a nested dict against a model and fill in the defaults.
 
+    Args:
+        given: of a YAML file or a checkpoint. source: where it is from, for messages.
+        model: what its keys are checked against. prefix: of its keys in messages, such as "generator.".
 
-def _fill(given: dict, schema: dict, source: str, prefix: str) -> dict:
-    for key in given:
-        if key not in schema:
-            every = [f"{prefix}{k}" for k in schema]
-            near = difflib.get_close_matches(f"{prefix}{key}", every, n=1, cutoff=0)
-            raise UserError(f"{source}: unknown key {prefix}{key}; did you mean {near[0] if near else every[0]}?")
-    result = {}
-    for key, entry in schema.items():
-        if isinstance(entry, dict):
-            section = given.get(key, {})
-            if not isinstance(section, dict):
-                raise UserError(f"{source}: {prefix}{key} is {shorten(section)}; it is a section of keys")
-            result[key] = _fill(section, entry, source, f"{prefix}{key}.")
-        else:
-            result[key] = _convert(given[key], entry[0], source, prefix + key) if key in given else entry[1]
-    return result
-
-
-def _convert(value, kind, source: str, key: str):
-    kinds = kind.__args__ if isinstance(kind, types.UnionType) else (kind,)
-    if float in kinds and isinstance(value, (int, float, str)) and not isinstance(value, bool):
-        try:  # YAML reads 1e-4 as text
-            if math.isfinite(float(value)):
-                return float(value)
-            raise UserError(f"{source}: {key} is {shorten(value)}; it takes a finite number")
-        except (ValueError, OverflowError):
-            pass
-    if isinstance(value, kinds) and not (isinstance(value, bool) and bool not in kinds):
-        return value
-    names = " or ".join("null" if k is types.NoneType else k.__name__ for k in kinds)
-    raise UserError(f"{source}: {key} is {shorten(value)}; it takes {names}")
-
-
-def _check_values(config: dict, source: str) -> None:
-    def need(condition: bool, key: str, remedy: str) -> None:
-        if not condition:
-            value = config
-            for part in key.split("."):
-                value = value[part]
-            raise UserError(f"{source}: {key} is {shorten(value)}; {remedy}")
-
-    size, train = config["data"]["size"], config["train"]
-    need(len(size) == 2 and all(isinstance(s, int) and s > 0 for s in size), "data.size", "write [height, width]")
-    need(config["data"]["load_scale"] >= 1, "data.load_scale", "it is at least 1")
-    need(config["backbone"]["conditioning"] in ("both", "normalize", "sigmoid", "none"), "backbone.conditioning",
-         "it is both, normalize, sigmoid or none")
-    for section, least, keys in (
-            ("train", 1, ("steps", "batch_size", "accumulation", "log_every", "keep")),
-            ("train", 0, ("sample_every", "eval_every", "save_every", "lr_generator", "lr_discriminator", "ema")),
-            ("data", 1, ("calibration_images",)), ("data", 0, ("workers",)),
-            ("loss", 1, ("diversity_every", "contrastive_patches", "contrastive_scales")),
-            ("eval", 1, ("batch_size", "segmenter_steps", "diversity_maps", "kid_subsets")), ("eval", 0, ("num_images",))):
-        for key in keys:
-            need(config[section][key] >= least, f"{section}.{key}", f"it is at least {least}")
-    for kind in ("generator", "discriminator"):
-        for key, value in config[kind].items():
-            need(type(value) is not int or value >= (key != "attention_scales"), f"{kind}.{key}", "it is at least 1")
-    need(0 <= config["seed"] < 2 ** 63, "seed", "it is 0 to 2 ** 63 - 1")
-    need(config["backbone"]["input_scale"] > 0 and min(size) * config["backbone"]["input_scale"] >= 1, "backbone.input_scale",
-         f"it is above 0 and leaves something of {size}")
-    need(train["ema"] < 1, "train.ema", "it is a share from 0 to below 1")
-    need(numbers(config["loss"]["diversity_margin"], 3), "loss.diversity_margin", "give three shares")
-    need(numbers(train["betas"], 2) and max(map(float, train["betas"])) < 1, "train.betas", "Adam has two, from 0 to below 1")
-    diffusion = config["diffusion"]
-    for key in ("steps", "sheet_steps"):
-        need(2 <= diffusion[key] <= 1000, f"diffusion.{key}", "it is 2 to 1000")
-    need(diffusion["sampler"] in ("ancestral", "ddim"), "diffusion.sampler", "it is ancestral or ddim")
-    need(0 <= diffusion["guidance"] < float("inf"), "diffusion.guidance", "it is a number from 0")
-    need(0 <= diffusion["drop_labels"] < 1, "diffusion.drop_labels", "it is a share from 0 to below 1")
-    need(diffusion["drop_labels"] > 0 or diffusion["guidance"] == 1, "diffusion.guidance",
-         "without dropped label maps (diffusion.drop_labels) nothing is learned that it could use: set 1")
-    need(not config["data"]["instances"] or config["generator"].get("instance_edges", False), "data.instances",
-         "only generator.name=sdm with generator.instance_edges=true uses instance maps")
-    need(config["name"] not in ("", ".", "..", "cache") and not set(config["name"]) & set('/\\'), "name",
-         "it is the name of one folder, and runs/cache is taken")
-
-
-def numbers(values: list, count: int) -> bool:
-    """Whether a list has `count` numbers that are finite and not negative; YAML reads 1e-4 as text."""
+    Raises:
+        UserError: for the first unknown key or wrong value.
+    """
     try:
-        return len(values) == count and all(0 <= float(value) < float("inf") for value in values)
-    except (TypeError, ValueError):
-        return False
+        return model.model_validate(given)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+    section = model.model_fields.get(first["loc"][0]) if first["loc"] else None
+    inside = section and isinstance(section.default, Section)
+    path = [str(part)[:100] for part in first["loc"][: 2 if inside else 1]]  # behind it: a place in a value
+    name, reason = prefix + ".".join(path), first["msg"].removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        known = type(section.default).model_fields if inside else model.model_fields
+        siblings = [prefix + ".".join([*path[:-1], field]) for field in known]
+        near = difflib.get_close_matches(name, siblings, n=1, cutoff=0) or siblings
+        raise UserError(f"{source}: unknown key {name}; did you mean {near[0]}?")
+    if not path:  # the message of a check of several keys, which names them
+        raise UserError(f"{source}: {reason}")
+    value = given[path[0]] if len(path) == 1 else given[path[0]].get(path[1])
+    raise UserError(f"{source}: {name} is {shorten(value)}; {reason[0].lower()}{reason[1:]}")
+
+
+def flatten(settings: Settings) -> dict[str, object]:
+    """{"train.steps": 600, ...}: every setting under the name that an override gives it."""
+    flat = {}
+    for key, value in settings.model_dump(mode="json").items():
+        flat |= {f"{key}.{inner}": v for inner, v in value.items()} if isinstance(value, dict) else {key: value}
+    return flat
+
+
+if __name__ == "__main__":
+    print(json.dumps(Settings.model_json_schema(), indent=1))

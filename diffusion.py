@@ -1,12 +1,15 @@
-"""Gaussian diffusion as SDM uses it: linear schedule, hybrid loss with learned variance, samplers, training step.
+"""The mathematics of Gaussian diffusion as SDM uses it: linear schedule, hybrid loss with learned variance, samplers.
 
 Steps are numbered t = 0..999 as in the official code: alpha_bar[t] is what is left of the image's variance after t + 1
-noisings. Equations (n) are those of Nichol and Dhariwal, 2021 (arXiv 2102.09672), unless another paper is named. A
-network's output is (B, 6, H, W): the noise estimate eps, then v, which places the log variance of a reverse step
-between its lower (v = -1) and upper (v = 1) bound.
+noisings. Equations (n) are those of Nichol and Dhariwal, 2021 (arXiv 2102.09672), unless another paper is named.
+
+A network `unet` is called as unet(noisy, t, label_map, instances, dropped), like sdm.py's SDMUNet. Its output is
+(B, 6, H, W): the noise estimate eps, then v, which places the log variance of a reverse step between its lower
+(v = -1) and upper (v = 1) bound. For `sample` it also has the method encode_labels(label_map, instances, guided=BOOL),
+whose result unet(noisy, t, result) takes in the label map's place; guided, it then gives (2B, 6, H, W): the outputs
+with the label map, then those without.
 """
 
-import copy
 import math
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
@@ -14,13 +17,8 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
-
-from config import UserError
-from distributed import all_reduce
-from gan import build_network, compile_networks
-from sdm import SDMUNet
 
 TRAIN_STEPS = 1000
 SAMPLERS = ("ancestral", "ddim")
@@ -45,10 +43,10 @@ def schedule(steps: int = TRAIN_STEPS, device: torch.device | str = "cpu") -> Sc
     """The linear schedule over 1000 steps, or over `steps` of them, evenly spaced from 0 to 999 (rounded).
 
     A shorter chain keeps alpha_bar at its steps and has betas of its own: 1 - alpha_bar[i] / alpha_bar[i - 1].
-    Raises UserError unless 2 <= steps <= 1000.
+    Raises ValueError unless 2 <= steps <= 1000.
     """
     if not 2 <= steps <= TRAIN_STEPS:
-        raise UserError(f"steps {steps}: choose 2 to {TRAIN_STEPS}")
+        raise ValueError(f"steps {steps}: choose 2 to {TRAIN_STEPS}")
     t = np.linspace(0, TRAIN_STEPS - 1, steps).round().astype(np.int64)
     alpha_bar = np.cumprod(1 - np.linspace(1e-4, 0.02, TRAIN_STEPS))[t]
     next_alpha_bar = np.append(1.0, alpha_bar[:-1])
@@ -103,7 +101,7 @@ def pixel_nll(image: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
     return -inside.clamp(min=1e-12).log()
 
 
-def training_loss(unet: SDMUNet, image: Tensor, label_map: Tensor, t: Tensor, noise: Tensor,
+def training_loss(unet: nn.Module, image: Tensor, label_map: Tensor, t: Tensor, noise: Tensor,
                   dropped: Tensor | None = None, instances: Tensor | None = None) -> dict[str, Tensor]:
     """The hybrid loss of equation (16): simple + vb, with weight 1 for vb, the term of one step in bits a value.
 
@@ -112,7 +110,8 @@ def training_loss(unet: SDMUNet, image: Tensor, label_map: Tensor, t: Tensor, no
 
     vb trains only the variance: no gradient flows from it into eps. t is drawn uniformly from 0..999.
     image: (B, 3, H, W) in [-1, 1]. label_map: int64 (B, H, W) in 0..C. t: int64 (B,). noise: (B, 3, H, W), standard
-    normal. dropped: bool (B,), True where the label map is withheld (20% in SDM's fine-tuning). instances: see SDMUNet.
+    normal. dropped: bool (B,), True where the label map is withheld (20% in SDM's fine-tuning). instances: integer
+    (B, H, W), instance ids where the network takes them.
     Returns {"simple": (B,), "vb": (B,)}; the loss of a batch is the mean of their sum.
     """
     s, index = schedule(device=image.device), t[:, None, None, None]
@@ -162,18 +161,19 @@ def seeded_noise(seeds: Sequence[int], size: Sequence[int]) -> Iterator[Tensor]:
 
 
 @torch.no_grad()
-def sample(unet: SDMUNet, label_map: Tensor, noise: Iterator[Tensor], steps: int = TRAIN_STEPS, guidance: float = 1.5,
+def sample(unet: nn.Module, label_map: Tensor, noise: Iterator[Tensor], steps: int = TRAIN_STEPS, guidance: float = 1.5,
            sampler: str = "ancestral", instances: Tensor | None = None, progress: bool = False) -> Tensor:
     """Images of a label map, on the label map's device.
 
     label_map: int64 (B, H, W) in 0..C. noise: gives (B, 3, H, W) at a time, such as `seeded_noise(seeds, (H, W))`.
     steps: 2..1000. guidance: 1 is the conditional model, 0 the unconditional, 1.5 published; other than 1 wants a
     network trained with dropped label maps. sampler: "ancestral" (a draw each step, the learned variance; the official
-    chain at 1000 steps) or "ddim" (the first noise decides the image). instances: see SDMUNet.
-    On a GPU the network runs in bf16. Returns (B, 3, H, W) in [-1, 1]. Raises UserError on steps or sampler.
+    chain at 1000 steps) or "ddim" (the first noise decides the image). instances: integer (B, H, W), instance ids where
+    the network takes them. progress: show a bar.
+    On a GPU the network runs in bf16. Returns (B, 3, H, W) in [-1, 1]. Raises ValueError on steps or sampler.
     """
     if sampler not in SAMPLERS:
-        raise UserError(f"sampler {sampler!r}: choose one of {', '.join(SAMPLERS)}")
+        raise ValueError(f"sampler {sampler!r}: choose one of {', '.join(SAMPLERS)}")
     s = schedule(steps, label_map.device)
     half = torch.autocast(label_map.device.type, torch.bfloat16, enabled=label_map.device.type == "cuda")
     with half:
@@ -189,97 +189,3 @@ def sample(unet: SDMUNet, label_map: Tensor, noise: Iterator[Tensor], steps: int
         else:
             x = ancestral_step(x, output, index, next(noise).to(x.device, non_blocking=True), s)
     return x
-
-
-class Diffusion:
-    """Network, loss and optimiser of one training run; `gan.GAN` has the same methods.
-
-    The optimiser is Adam, which the official AdamW without weight decay is too.
-
-    Args:
-        config: a checked configuration whose generator is an SDMUNet.
-        num_classes: C.
-        device: where to train; bf16 autocast is on where it is a GPU.
-    """
-
-    rates = ("lr_generator",)
-
-    def __init__(self, config: dict, num_classes: int, device: torch.device):
-        self.config, self.num_classes, self.device = config, num_classes, device
-        torch.manual_seed(config["seed"])
-        self.generator = build_network("generator", config, num_classes).to(device, memory_format=torch.channels_last)
-        self.ema = copy.deepcopy(self.generator).eval().requires_grad_(False)
-        if config["train"]["compile"]:
-            compile_networks([self.generator], device)
-        self.optimizer = torch.optim.Adam(self.generator.parameters(), lr=config["train"]["lr_generator"],
-                                          betas=tuple(config["train"]["betas"]), fused=True)
-
-    def calibrate(self, images: list[Tensor]) -> None:
-        """Nothing is measured on real images."""
-
-    def refresh(self, maps: list[Tensor]) -> None:
-        """`ema` has no batch norm and is always ready for use."""
-
-    def step(self, image: Tensor, label_map: Tensor, step: int, samples: list[int],
-             instances: Tensor | None = None) -> dict[str, Tensor]:
-        """Update the network once.
-
-        Args:
-            image: (B, 3, H, W) uint8, this process's share of the batch.
-            label_map: (B, H, W) uint8 in 0..C.
-            step: counts from 0. samples: B numbers, the places of these images in the whole batch; time step, noise
-                and whether the label map is withheld follow from the seed, step and place.
-            instances: int32 (B, H, W), where the network is to see their edges.
-
-        Returns:
-            {"simple", "vb"}: both terms of the loss, of this process alone.
-        """
-        train = self.config["train"]
-        rounds, totals = train["accumulation"], {}
-        self.optimizer.zero_grad()
-        for part in range(rounds):
-            chosen = slice(part * len(image) // rounds, (part + 1) * len(image) // rounds)
-            t, dropped, noise = self._draw(step, samples[chosen], image.shape[2:])
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-                terms = training_loss(self.generator, image[chosen].float() / 127.5 - 1, label_map[chosen].long(), t, noise,
-                                      dropped, None if instances is None else instances[chosen])
-            terms = {name: values.mean() / rounds for name, values in terms.items()}
-            sum(terms.values()).backward()
-            totals = {name: totals.get(name, 0) + value.detach() for name, value in terms.items()}
-        all_reduce([p.grad for p in self.generator.parameters()], average=True)
-        self.optimizer.step()
-        with torch.no_grad():
-            decay = min(train["ema"], (1 + step) / (10 + step))
-            torch._foreach_lerp_(list(self.ema.parameters()), list(self.generator.parameters()), 1 - decay)
-        return totals
-
-    def _draw(self, step: int, samples: list[int], size: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """Time steps (B,), which label maps are withheld (B,) bool, noise (B, 3, H, W)."""
-        drawn = []
-        for place in samples:
-            rng = np.random.default_rng((self.config["seed"], step, place))
-            drawn.append((rng.integers(TRAIN_STEPS), rng.random() < self.config["diffusion"]["drop_labels"],
-                          rng.standard_normal((3, *size), dtype=np.float32)))
-        return tuple(torch.from_numpy(np.stack(column)).to(self.device, non_blocking=True) for column in zip(*drawn))
-
-    def sheet(self, label_map: Tensor, palette: Tensor, instances: Tensor | None = None) -> list[Tensor]:
-        """Rows of a sample sheet for label maps (B, H, W), each (B, 3, H, W) in [0, 1]: two samples, in
-        diffusion.sheet_steps steps."""
-        settings, count = self.config["diffusion"], len(label_map)
-        rows = []
-        for k in range(2):
-            noise = seeded_noise(range(k * count, (k + 1) * count), label_map.shape[1:])
-            rows.append(sample(self.ema, label_map, noise, settings["sheet_steps"], settings["guidance"],
-                               settings["sampler"], instances) / 2 + 0.5)
-        return rows
-
-    def state_dict(self) -> dict:
-        """All that training needs to go on exactly."""
-        return {name: getattr(self, name).state_dict() for name in ("generator", "ema", "optimizer")}
-
-    def load_state_dict(self, state: dict, optimizers: bool = True) -> None:
-        """Take over what `state_dict` gave; without the optimiser's state for fine-tuning."""
-        for name in ("generator", "ema", *(("optimizer",) if optimizers else ())):
-            getattr(self, name).load_state_dict(state[name])
-        for group in self.optimizer.param_groups:  # a run may go on with another rate than it had
-            group["lr"] = self.config["train"]["lr_generator"]

@@ -1,6 +1,10 @@
-"""What several processes have to agree on; with one process each function does the plain thing."""
+"""Processes: what several of them have to agree on (with one, each function does the plain thing), and their memory."""
 
 import os
+import re
+import resource
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -34,9 +38,37 @@ def all_reduce(tensors: list[torch.Tensor], average: bool) -> None:
             tensor.copy_(part.view_as(tensor))
 
 
-def from_first_process(compute):
+def gather(value) -> list:
+    """The values of all processes, in the order of their ranks; [value] where there is one."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def any_process(flag: bool) -> bool:
+    """Whether a flag is set in one of the processes; they agree on the CPU, so that no GPU is waited for."""
+    if not dist.is_initialized():
+        return flag
+    flag = torch.tensor(int(flag))
+    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+    return bool(flag)
+
+
+def from_first_process(compute: Callable):
     """What `compute()` gives in the first process, in all of them."""
     result = [compute() if not dist.is_initialized() or dist.get_rank() == 0 else None]
     if dist.is_initialized():
         dist.broadcast_object_list(result, src=0)
     return result[0]
+
+
+def peak_memory(device: torch.device) -> float:
+    """Most memory in use so far, GiB: of the device, or of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2 ** 30
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux, whose ru_maxrss starts at the parent's peak
+        return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) / 2 ** 20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 30

@@ -8,7 +8,9 @@ import contextlib
 import hashlib
 import io
 import itertools
+import threading
 import urllib.error
+import urllib.request
 import warnings
 from pathlib import Path
 
@@ -17,11 +19,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from backbones import load_classifier
-from config import UserError
 
 STLPIPS_FEATURE_SIZE = 128  # side in pixels at which an ST-LPIPS network gives pooled features
 DIVERSITY_NETWORKS = ("lpips_alex", "lpips_vgg", "stlpips_alex", "stlpips_vgg")
-# network -> (where torch's hub would fetch the file, the config key that names a local copy); the eight hexadecimal
+# network -> (where torch's hub would fetch the file, the setting that names a local copy); the eight hexadecimal
 # digits in a file's name are the start of its SHA-256
 PUBLISHED_WEIGHTS = {
     "inception": ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
@@ -37,6 +38,25 @@ def file_sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def answers(url: str, seconds: float = 8) -> bool:
+    """Whether a server answers in time, be it with an error; what fetches files may take minutes to say no."""
+    heard = []
+
+    def ask() -> None:
+        try:
+            urllib.request.urlopen(url, timeout=seconds).close()
+        except urllib.error.HTTPError:
+            pass
+        except OSError:
+            return
+        heard.append(url)
+
+    thread = threading.Thread(target=ask, daemon=True)  # looking up a name has no time limit of its own
+    thread.start()
+    thread.join(seconds)
+    return bool(heard)
+
+
 def published_weights(name: str, weights: str | None) -> tuple[dict, str]:
     """State dict and SHA-256 of the weights of a network in PUBLISHED_WEIGHTS.
 
@@ -45,26 +65,28 @@ def published_weights(name: str, weights: str | None) -> tuple[dict, str]:
         weights: a local file; None looks in torch's hub folder, then fetches the file into it.
 
     Raises:
-        UserError: the file is missing and cannot be fetched, or is not a state dict.
+        ValueError: the file is missing and cannot be fetched, or is not a state dict.
     """
-    url, config_key = PUBLISHED_WEIGHTS[name]
-    path = Path(weights) if weights else Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
+    url, setting = PUBLISHED_WEIGHTS[name]
+    published = Path(url.rsplit("/", 1)[1])
+    path = Path(weights) if weights else Path(torch.hub.get_dir()) / "checkpoints" / published
     if weights and not path.is_file():
-        raise UserError(f"{config_key}: {path} is not a file; expected {url.rsplit('/', 1)[1]}")
+        raise ValueError(f"{setting}: {path} is not a file; expected {published}")
     if not path.is_file():
+        digits = published.stem.rsplit("-", 1)[1]
         try:
+            if not answers(url):
+                raise OSError(f"no answer from {url}")
             path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(url, str(path), path.stem.rsplit("-", 1)[1], progress=False)
-        except (urllib.error.URLError, OSError, RuntimeError) as error:
-            raise UserError(
-                f"weights of {name} cannot be fetched: put {path.name} (its SHA-256 starts with "
-                f"{path.stem.rsplit('-', 1)[1]}) in {path.parent}, or name the file in {config_key}; without it, "
-                f"eval.features=tf_efficientnet_lite2 and eval.diversity_network=stlpips_vgg need no download"
-            ) from error
+            torch.hub.download_url_to_file(url, str(path), digits, progress=False)
+        except (OSError, RuntimeError) as error:
+            raise ValueError(f"weights of {name} cannot be fetched: put {published} (its SHA-256 starts with {digits}) "
+                             f"in {path.parent}, or name the file in {setting}; eval.features=tf_efficientnet_lite2 "
+                             f"and eval.diversity_network=stlpips_vgg need no download") from error
     try:
         return torch.load(path, map_location="cpu", weights_only=True), file_sha256(path)
     except Exception as error:  # a damaged or foreign file raises many kinds
-        raise UserError(f"weights of {name}: {path} is not a PyTorch state dict; fetch {url} again") from error
+        raise ValueError(f"weights of {name}: {path} is not a PyTorch state dict; fetch {url} again") from error
 
 
 class FeatureNetwork(nn.Module):
@@ -109,15 +131,15 @@ def feature_network(name: str, weights: str | None = None, device: torch.device 
             whose 299 is part of FID.
 
     Raises:
-        UserError: unknown name, or weights that cannot be had.
+        ValueError: unknown name, or weights that cannot be had.
     """
     if name == "inception":
         if size is not None:
-            raise UserError(f"eval.features_size: {size}; FID is defined at Inception's own 299, so leave it null")
+            raise ValueError(f"eval.features_size: {size}; FID is defined at Inception's own 299, so leave it null")
         state, sha256 = published_weights(name, weights)
         network = FeatureNetwork(name, _Inception(state), sha256,
                                  protocol="bilinear to 299 x 299, not antialiased, inside the network, as pytorch-fid")
-    elif name.startswith("stlpips_"):
+    elif name in ("stlpips_alex", "stlpips_vgg"):
         lpips, sha256 = _stlpips(name)
         network = FeatureNetwork(name, _LastSlice(lpips), sha256, size or STLPIPS_FEATURE_SIZE)
     else:
@@ -133,12 +155,12 @@ class _Inception(nn.Module):
         super().__init__()
         from pytorch_fid import inception
         fetch = inception.load_state_dict_from_url
-        inception.load_state_dict_from_url = lambda *args, **kwargs: state  # the constructor fetches, with no way to say not to
+        inception.load_state_dict_from_url = lambda *_, **__: state  # the constructor fetches, whatever it is told
         try:
             self.network = inception.InceptionV3()
         except RuntimeError as error:
-            raise UserError(f"weights of inception: not those of pytorch-fid ({str(error).splitlines()[0]}); "
-                            f"fetch {PUBLISHED_WEIGHTS['inception'][0]}") from error
+            raise ValueError(f"weights of inception: not those of pytorch-fid ({str(error).splitlines()[0]}); "
+                             f"fetch {PUBLISHED_WEIGHTS['inception'][0]}") from error
         finally:
             inception.load_state_dict_from_url = fetch
 
@@ -158,8 +180,6 @@ class _LastSlice(nn.Module):
 
 
 def _stlpips(name: str) -> tuple[nn.Module, str]:
-    if name not in DIVERSITY_NETWORKS:
-        raise UserError(f"network {name!r}: ST-LPIPS has stlpips_alex and stlpips_vgg")
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from stlpips_pytorch import stlpips
@@ -177,7 +197,7 @@ def _lpips(name: str, weights: str | None) -> tuple[nn.Module, str]:
     # slice2.3.weight of the package is features.3.weight of torchvision
     trunk = {key: "features." + key.split(".", 1)[1] for key in network.net.state_dict()}
     if not set(trunk.values()) <= set(state):
-        raise UserError(f"weights of {name}: not torchvision's; fetch {PUBLISHED_WEIGHTS[name][0]}")
+        raise ValueError(f"weights of {name}: not torchvision's; fetch {PUBLISHED_WEIGHTS[name][0]}")
     network.net.load_state_dict({key: state[source] for key, source in trunk.items()})
     return network, sha256
 
@@ -192,13 +212,13 @@ class PerceptualNetwork(nn.Module):
         size: images of a smaller height are resized (bilinear) to this height, keeping their aspect; None: never.
 
     Raises:
-        UserError: unknown name, or weights that cannot be had.
+        ValueError: unknown name, or weights that cannot be had.
     """
 
     def __init__(self, name: str, weights: str | None = None, size: int | None = None):
         super().__init__()
         if name not in DIVERSITY_NETWORKS:
-            raise UserError(f"eval.diversity_network: {name!r} is none of {', '.join(DIVERSITY_NETWORKS)}")
+            raise ValueError(f"eval.diversity_network: {name!r} is none of {', '.join(DIVERSITY_NETWORKS)}")
         self.lpips, sha256 = _stlpips(name) if name.startswith("stlpips") else _lpips(name, weights)
         self.name, self.size = name, size
         self.lpips.eval().requires_grad_(False)

@@ -2,10 +2,12 @@
 
 Everywhere inside the program classes are 0..C-1 and unlabelled pixels ("void") are C; a label map is uint8 (H, W) on
 the host and int64 on the device. Label files keep the ids or colors of their data set, on the way in (training,
-`sample.py`, `evaluate.py`) and out (`data.py export`); `LabelFormat` says which. Nothing else in the program knows them.
+`sample.py`, `evaluate.py`) and out (`data.py export`); `LabelFormat` says which. Nothing else knows them.
 """
 
 import csv
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,21 +15,10 @@ import numpy as np
 from PIL import Image
 
 import scenes
-from config import UserError, shorten
+from config import DataSettings, UserError, shorten
 
-CLASS_TABLES = Path(__file__).parent / "classes"
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")  # the others that Pillow knows by content include programs (EPS)
-MAX_CLASSES = 254  # void is C, and 255 marks ids that mean nothing
-UNKNOWN = 255
+UNKNOWN = 255  # marks ids that mean nothing; void is C, so there are at most 254 classes
 PACK = np.array([65536, 256, 1], np.int32)  # (..., 3) colors -> one number each
-
-
-class Unreadable(UserError):
-    """A file that Pillow cannot decode."""
-
-
-class WrongLabel(UserError):
-    """A label file with an id or a color that means nothing."""
 
 
 @dataclass(frozen=True)
@@ -61,112 +52,83 @@ class LabelFormat:
         return np.array([id_[0] if len(id_) else UNKNOWN for id_ in first], np.uint8)[label]
 
 
-def default_palette(num_classes: int) -> np.ndarray:
-    """(C + 1, 3) uint8: PASCAL VOC's color map without its black, then black for void."""
-    code = np.arange(1, num_classes + 1)
-    palette = np.zeros((num_classes + 1, 3), np.uint8)
-    for bit in range(8):
-        for channel in range(3):
-            palette[:-1, channel] |= (((code >> (3 * bit + channel)) & 1) << (7 - bit)).astype(np.uint8)
-    return palette
-
-
-def id_table(num_classes: int, void: int | None) -> np.ndarray:
-    """(256,) uint8, id in a file -> class: 0, 1, 2 ... without `void` are the classes in order.
-
-    So 11 classes with void 11 or 255 have ids 0..10, and 150 classes with void 0 have ids 1..150.
-    """
-    table = np.full(256, UNKNOWN, np.uint8)
-    table[[i for i in range(num_classes + 1) if i != void][:num_classes]] = np.arange(num_classes)
-    if void is not None:
-        table[void] = num_classes
-    return table
-
-
 def read_class_table(path: str | Path) -> LabelFormat:
     """Reads a table with the columns id, name, r, g, b; rows named void are the unlabelled ids. Raises UserError."""
     try:
         with open(path, newline="", encoding="utf-8") as file:
-            rows = [(row["name"].strip(), *(int(row[c]) for c in ("id", "r", "g", "b"))) for row in csv.DictReader(file)]
-    except OSError:
-        raise UserError(f"{path}: no such class table; data.classes takes a .csv with the columns id,name,r,g,b") from None
-    except (KeyError, TypeError, AttributeError, ValueError, csv.Error) as error:
-        raise UserError(f"{path}: {error}; a class table has the columns id,name,r,g,b, numbers 0 to 255") from None
-    classes = [row for row in rows if row[0] != "void"]
-    voids = [row for row in rows if row[0] == "void"]
+            rows = [(row["name"].strip(), *(int(row[column]) for column in ("id", "r", "g", "b")))
+                    for row in csv.DictReader(file)]
+    except (OSError, KeyError, TypeError, AttributeError, ValueError, csv.Error) as error:
+        raise UserError(f"{path}: {error}; a class table is a .csv with the columns id,name,r,g,b") from None
+    names = [row[0] for row in rows if row[0] != "void"]
+    _check_names(names, path)
     if not all(0 <= number <= 255 for row in rows for number in row[1:]) or len({row[1] for row in rows}) < len(rows):
         raise UserError(f"{path}: ids and colors must be 0 to 255, and an id may stand in one row only")
-    table = np.full(256, UNKNOWN, np.uint8)
-    table[[row[1] for row in voids]] = min(len(classes), UNKNOWN)
-    for index, row in enumerate(classes[:MAX_CLASSES]):
-        table[row[1]] = index
-    palette = np.array([row[2:] for row in classes] + [voids[0][2:] if voids else (0, 0, 0)], np.uint8)
-    return _checked(LabelFormat([row[0] for row in classes], palette, table), str(path))
+    table, palette = np.full(256, UNKNOWN, np.uint8), np.zeros((len(names) + 1, 3), np.uint8)
+    for name, id_, *color in reversed(rows):  # of several rows named void the first has the color
+        index = len(names) if name == "void" else names.index(name)
+        table[id_], palette[index] = index, color
+    return LabelFormat(names, palette, table)
 
 
-def _checked(form: LabelFormat, source: str) -> LabelFormat:
-    names = form.class_names
-    if not 1 <= len(names) <= MAX_CLASSES:
-        raise UserError(f"{source}: {len(names)} classes; label maps are 8-bit, so 1 to {MAX_CLASSES}")
-    if not all(isinstance(name, str) for name in names):
-        raise UserError(f"{source}: class names must be texts; put the others in quotes")
-    twice = [name for name in names if names.count(name) > 1]
-    if twice:
-        raise UserError(f"{source}: class names must be different, {twice[0]} is there twice")
-    return form
+def _check_names(names: list[str], source: str | Path) -> None:
+    if not 1 <= len(names) < UNKNOWN:
+        raise UserError(f"{source}: {len(names)} classes; give 1 to {UNKNOWN - 1}, by number, names or a class table")
+    if len(set(names)) < len(names):
+        raise UserError(f"{source}: class names must be different, {max(names, key=names.count)} is there twice")
 
 
-def label_format(data_config: dict) -> LabelFormat:
-    """The classes and label files of a config's `data` section; needs no data set on disk. Raises UserError."""
-    name, classes, void = data_config["name"], data_config["classes"], data_config["void"]
-    if name == "scenes":
-        palette = np.array([color for _, color in scenes.CLASSES] + [(0, 0, 0)], np.uint8)
-        return LabelFormat([name for name, _ in scenes.CLASSES], palette, id_table(len(scenes.CLASSES), scenes.VOID))
-    if name != "folder":
-        return read_class_table(CLASS_TABLES / f"{name}.csv")
+def label_format(data: DataSettings) -> LabelFormat:
+    """The classes and label files that the settings name; needs no data set on disk. Raises UserError."""
+    classes, void, colors = data.classes, data.void, data.palette
+    if data.name == "scenes":
+        classes, colors, void = *zip(*scenes.CLASSES), scenes.VOID
+    elif data.name != "folder":
+        classes = str(Path(__file__).parent / "classes" / f"{data.name}.csv")
     if isinstance(classes, str):
         return read_class_table(classes)
-    if not classes:
-        raise UserError(f"data.classes: {classes}; a folder data set needs their number, a list of names or a class table")
-    names = [f"class {i}" for i in range(min(classes, MAX_CLASSES + 1))] if isinstance(classes, int) else classes
+    if isinstance(classes, int):
+        classes = [f"class {i}" for i in range(min(classes, UNKNOWN))]
+    names = [str(name) for name in classes or ()]
+    _check_names(names, "data.classes")
+    count = len(names)
     if void is not None and not 0 <= void <= 255:
         raise UserError(f"data.void: {void}; label files are 8-bit, so 0 to 255, or null")
-    count, colors = len(names), data_config["palette"]
-    form = _checked(LabelFormat(names, default_palette(min(count, 255)), id_table(min(count, 255), void), rgb=False),
-                    "data.classes")
-    if colors is None:
-        return form
-    if len(colors) not in (count, count + 1) or not all(map(is_color, colors)):
+    if colors is None:  # PASCAL VOC's color map without its black, then black for void
+        code, channel, bit = np.arange(1, count + 1)[:, None, None], np.arange(3)[:, None], np.arange(8)
+        palette = [*((code >> (3 * bit + channel) & 1) << (7 - bit)).sum(axis=2), (0, 0, 0)]
+    elif len(colors) in (count, count + 1) and all(map(is_color, colors)):
+        palette = [*colors, (0, 0, 0)][:count + 1]
+        void = count if void is None else void
+    else:
         raise UserError(f"data.palette: {shorten(colors)} does not give {count} classes their colors; write one "
                         "[r, g, b] of 0 to 255 a class, in their order, then void's if it is not black")
-    palette = np.array(colors + [[0, 0, 0]] * (count + 1 - len(colors)), np.uint8)
-    return LabelFormat(names, palette, id_table(count, count if void is None else void))
+    # The ids without void are the classes in order: 11 classes with void 11 are 0 to 10, with void 0 they are 1 to 11.
+    ids = np.full(256, UNKNOWN, np.uint8)
+    ids[[i for i in range(count + 1) if i != void][:count]] = np.arange(count)
+    if void is not None:
+        ids[void] = count
+    return LabelFormat(names, np.array(palette, np.uint8), ids, rgb=colors is not None)
 
 
 def is_color(color) -> bool:
     """Whether a value is [r, g, b] of 0 to 255."""
-    return isinstance(color, list) and len(color) == 3 and all(isinstance(v, int) and 0 <= v <= 255 for v in color)
+    return isinstance(color, (list, tuple)) and len(color) == 3 and all(type(v) is int and 0 <= v <= 255 for v in color)
 
 
-def colorize(label: np.ndarray, palette: np.ndarray) -> np.ndarray:
-    """Label map (H, W) in 0..C -> uint8 (H, W, 3), by a palette (C + 1, 3)."""
-    return np.asarray(palette, np.uint8)[np.asarray(label)]
-
-
-def open_image(path: str | Path) -> Image.Image:
-    """Opens without decoding the pixels. Raises UserError."""
+@contextmanager
+def open_image(path: str | Path) -> Iterator[Image.Image]:
+    """An image file, not yet decoded, for a `with` block. Raises UserError for what Pillow raises, in the block too."""
     try:
-        return Image.open(path, formats=FORMATS)
+        with Image.open(path, formats=("PNG", "JPEG", "WEBP", "BMP", "TIFF")) as image:  # others (EPS) are programs
+            yield image
+    except UserError:
+        raise
     except FileNotFoundError:
-        raise Unreadable(f"{path}: no such file") from None
+        raise UserError(f"{path}: no such file") from None
     except Exception as error:  # Pillow raises many kinds of errors on damaged files
-        raise damaged(path, error) from None
-
-
-def damaged(path: str | Path, error: Exception) -> Unreadable:
-    """What to tell of a file that Pillow could not decode."""
-    reason = (str(error).splitlines() or [""])[0].replace(f" '{path}'", "")[:120]
-    return Unreadable(f"{path}: damaged, cut short or no image ({reason or type(error).__name__}); replace or remove it")
+        reason = (str(error).splitlines() or [type(error).__name__])[0].replace(f" '{path}'", "")[:120]
+        raise UserError(f"{path}: damaged, cut short or no image ({reason}); replace or remove it") from None
 
 
 def decode_label(image: Image.Image, path: str | Path, form: LabelFormat) -> np.ndarray:
@@ -176,59 +138,41 @@ def decode_label(image: Image.Image, path: str | Path, form: LabelFormat) -> np.
     first class that has a color wins; or, where its channels are equal and no color of the palette, ids.
     Raises UserError naming the file, the value and the remedy.
     """
-    try:
-        if image.mode in ("LA", "La"):
-            image = image.convert("L")
-        elif image.mode in ("RGBA", "RGBX", "PA", "CMYK", "YCbCr", "HSV", "LAB"):
-            image = image.convert("RGB")
-        values = np.asarray(image.convert("L") if image.mode == "1" and form.gray else image)
-    except Exception as error:  # as in open_image
-        raise damaged(path, error) from None
-    if values.ndim == 2 and form.gray and image.mode in ("1", "L"):
-        return _colors_to_classes(np.repeat(values[..., None], 3, axis=2), path, form)
-    if values.ndim == 3:
-        equal = (values == values[..., :1]).all()
-        if not equal or (form.rgb and np.isin(values @ PACK, form.palette @ PACK).all()) or form.gray:
-            return _colors_to_classes(values, path, form)
+    if image.mode == "LA" or image.mode == "1" and form.gray:
+        image = image.convert("L")
+    colored = len(image.getbands()) > 1 or image.mode == "L" and form.gray
+    values = np.asarray(image.convert("RGB") if colored else image)
+    if colored:
+        code, (known, first) = values @ PACK, np.unique(form.palette @ PACK, return_index=True)
+        place = np.searchsorted(known, code).clip(max=len(known) - 1)
+        wrong = known[place] != code
+        if form.rgb and not wrong.any():
+            return first[place].astype(np.uint8)
+        gray = (values == values[..., :1]).all()
+        if form.rgb and (form.gray or not gray):
+            raise UserError(f"{path}: color {values[wrong][0].tolist()} is not in the palette; add it to data.palette, "
+                            "or save the file again as PNG if it went through JPEG or a smooth resize")
+        if not gray:
+            colors = np.unique(values.reshape(-1, 3), axis=0)[:5].tolist()
+            raise UserError(f"{path}: RGB colors ({str(colors)[1:-1]} ...) where class ids are expected; "
+                            "set data.palette to one [r, g, b] a class")
         values = values[..., 0]
-    label = form.ids[values if values.dtype == np.uint8 else np.where((values < 0) | (values > 254), 255, values).astype(np.uint8)]
-    if label.max(initial=0) == UNKNOWN:
-        raise WrongLabel(f"{path}: {_unknown_id(values[label == UNKNOWN][0], values, form)}")
-    return label
-
-
-def _colors_to_classes(values: np.ndarray, path: str | Path, form: LabelFormat) -> np.ndarray:
-    code = values @ PACK
-    if not form.rgb:
-        colors = [[int(c) >> 16, int(c) >> 8 & 255, int(c) & 255] for c in np.unique(code)[:5]]
-        raise WrongLabel(f"{path}: RGB colors ({str(colors)[1:-1]} ...) where class ids are expected; "
-                        "set data.palette to one [r, g, b] a class")
-    known, first = np.unique(form.palette @ PACK, return_index=True)
-    place = np.searchsorted(known, code).clip(max=len(known) - 1)
-    wrong = known[place] != code
-    if wrong.any():
-        raise WrongLabel(f"{path}: color {values[wrong][0].tolist()} is not in the palette; add it to data.palette, "
-                        "or save the file again as PNG if it went through JPEG or a smooth resize")
-    return first[place].astype(np.uint8)
-
-
-def _unknown_id(bad: int, values: np.ndarray, form: LabelFormat) -> str:
-    if set(np.unique(values).tolist()) <= {0, 255}:
-        return ("id 255, as in a 0/255 mask; set data.classes=2 and data.palette=[[0,0,0],[255,255,255]], "
-                "or data.void=255 if 255 means unlabelled")
+    label = np.where((values < 0) | (values > 255), UNKNOWN, form.ids[values & 255])  # files can have 16 bits
+    bad = values[label == UNKNOWN]
+    if not len(bad):
+        return label
+    if bad[0] == 255 and np.isin(values, (0, 255)).all():
+        raise UserError(f"{path}: id 255, as in a 0/255 mask; set data.classes=2 and "
+                        "data.palette=[[0,0,0],[255,255,255]], or data.void=255 if 255 means unlabelled")
     known = np.flatnonzero(form.ids != UNKNOWN)
-    spans = [span for span in np.split(known, np.flatnonzero(np.diff(known) > 1) + 1)]
+    spans = np.split(known, np.flatnonzero(np.diff(known) > 1) + 1)
     spans = ", ".join(str(s[0]) if len(s) == 1 else f"{s[0]} to {s[-1]}" for s in spans)
-    return (f"id {int(bad)} is out of range ({form.num_classes} classes, ids {spans}); mend the file, raise data.classes, "
-            f"or set data.void={int(bad)} if it means unlabelled")
+    raise UserError(f"{path}: id {bad[0]} is out of range ({form.num_classes} classes, ids {spans}); mend the file, "
+                    "raise data.classes, or set data.void (0 to 255) to the id of unlabelled pixels")
 
 
-def read_label_file(path, num_classes: int, palette, void: int | None = None, ids: np.ndarray | None = None) -> np.ndarray:
-    """A label file of any size -> uint8 (H, W) in 0..C, void = C. See `decode_label`; raises UserError.
-
-    palette: (C + 1, 3) colors of RGB files. ids: the table `label_format(data_config).ids` of the file's data set;
-    without it files hold 0..C-1 and `void` (default C).
-    """
-    ids = id_table(num_classes, num_classes if void is None else void) if ids is None else np.asarray(ids, np.uint8)
+def read_label_file(path: str | Path, num_classes: int, palette, ids) -> np.ndarray:
+    """A label file of any size -> uint8 (H, W) in 0..C; palette and ids as in `LabelFormat`. Raises UserError."""
     with open_image(path) as image:
-        return decode_label(image, path, LabelFormat([""] * num_classes, np.asarray(palette, np.uint8), ids))
+        form = LabelFormat([""] * num_classes, np.asarray(palette, np.uint8), np.asarray(ids, np.uint8))
+        return decode_label(image, path, form)

@@ -1,10 +1,9 @@
 """The losses of DP-SIMS, each as its equation. Class ids are 0..C-1, void = C; logits have C + 1 channels, C is "fake"."""
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-
-from distributed import all_reduce
 
 
 def class_counts(label_map: torch.Tensor, num_ids: int) -> torch.Tensor:
@@ -73,7 +72,8 @@ class PatchContrast(nn.Module):
         """Features of fake and real images, (B, C_l, h_l, w_l) a scale; `draw` picks the places."""
         loss = 0
         for head, f, r in zip(self.heads, fake, real):
-            places = torch.randperm(f.shape[2] * f.shape[3], generator=draw)[: self.num_patches].to(f.device, non_blocking=True)
+            places = torch.randperm(f.shape[2] * f.shape[3], generator=draw)[: self.num_patches]
+            places = places.to(f.device, non_blocking=True)
             f, r = (F.normalize(head(x.flatten(2)[:, :, places].transpose(1, 2)).float(), dim=-1) for x in (f, r))
             similarity = f @ r.transpose(1, 2) / self.temperature
             target = torch.arange(len(places), device=f.device).expand(len(f), -1)
@@ -87,7 +87,7 @@ def perceptual_loss(fake: list[torch.Tensor], real: list[torch.Tensor]) -> torch
 
 
 def diversity_views(image: torch.Tensor) -> list[torch.Tensor]:
-    """What two samples may differ in: coarse brightness, coarse colour, detail; image (B, 3, H, W), maps of its size / 2 [ours]."""
+    """What two samples may differ in: coarse brightness, coarse color, detail [ours]; (B, 3, H, W) -> maps of half its size."""
     fine = F.avg_pool2d(image, 2)
     coarse = F.interpolate(F.avg_pool2d(fine, 4, ceil_mode=True), size=fine.shape[2:], mode="bilinear")
     brightness = coarse.mean(1, keepdim=True)
@@ -120,7 +120,8 @@ def diversity_loss(image1: torch.Tensor, image2: torch.Tensor, region: torch.Ten
     counts = region.flatten(1).any(1)[:, None]
     distances = (diversity_distances(image1.float(), image2.float(), region[:, None].float()) * counts).sum(0)
     sums = torch.cat([distances.detach(), counts.sum(0)])
-    all_reduce([sums], average=False)  # the batch is that of all processes
+    if dist.is_initialized():  # the batch is that of all processes
+        dist.all_reduce(sums)
     short = sums[:3] < sums[3] * margins
     return ((counts.sum() - distances / margins) * short).mean() / len(counts)
 
@@ -131,3 +132,22 @@ def locality_loss(image1: torch.Tensor, image2: torch.Tensor, region: torch.Tens
     change = (image1 - image2).float().abs().mean(1)
     mean_in = lambda mask: (change * mask).flatten(1).sum(1) / mask.flatten(1).sum(1).clamp_min(1)
     return (mean_in(~region) / (mean_in(region).detach() + 0.02)).mean()
+
+
+def labelmix_mask(label_map: torch.Tensor, num_classes: int, draw: torch.Generator) -> torch.Tensor:
+    """LabelMix's mask [OASIS]: a fair coin for each class (void too), one for the whole batch; bool (B, 1, H, W), True = real.
+
+    The published code writes coins into the map that it still searches, so that ids 0 and 1 can be drawn twice; here the
+    map is only read. `draw` is on the CPU.
+    """
+    coins = torch.randint(2, (num_classes + 1,), generator=draw).bool().to(label_map.device, non_blocking=True)
+    return coins[label_map].unsqueeze(1)
+
+
+def labelmix_loss(mixed_logits: torch.Tensor, real_logits: torch.Tensor, fake_logits: torch.Tensor,
+                  mask: torch.Tensor) -> torch.Tensor:
+    """mean of (D(mix(real, fake)) - mix(D(real), D(fake)))^2, mix(a, b) = mask a + (1 - mask) b [OASIS, equation 3].
+
+    Logits (B, K, H, W), mask bool (B, 1, H, W). The gradient flows into all three logits, as published.
+    """
+    return F.mse_loss(torch.where(mask, real_logits, fake_logits), mixed_logits)

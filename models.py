@@ -9,8 +9,6 @@ import torch.nn.functional as F
 from torch.nn.utils.parametrizations import spectral_norm
 from torch.utils.checkpoint import checkpoint
 
-from config import UserError
-
 
 def upsample(x: torch.Tensor, size) -> torch.Tensor:
     """Bilinear resize to `size` (H, W)."""
@@ -48,7 +46,8 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.heads = max(1, channels // head_channels)
         if channels % self.heads:
-            raise UserError(f"generator.channels: {channels} at a scale with attention; choose a multiple of {head_channels}")
+            raise ValueError(f"generator.channels: {channels} at a scale with attention; choose a multiple of "
+                             f"{head_channels}")
         self.to_qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.to_out = nn.Conv2d(channels, channels, 1)
 
@@ -119,6 +118,8 @@ class Generator(nn.Module):
         noise: "cross_attention", "concat" (z joins the label embedding at every pixel, as 3D noise) or "none".
         attention_scales: how many of the coarsest scales have self-attention.
         checkpointing: in training, recompute each block's inner activations in the backward pass instead of keeping them.
+
+    Raises ValueError for arguments that cannot be.
     """
 
     def __init__(self, num_classes: int, channels: tuple[int, ...] = (64, 128, 256, 512, 512, 512), z_dim: int = 64,
@@ -126,9 +127,10 @@ class Generator(nn.Module):
                  checkpointing: bool = False):
         super().__init__()
         if noise not in ("cross_attention", "concat", "none"):
-            raise UserError(f"generator.noise: {noise!r}; it is cross_attention, concat or none")
-        if not channels or not all(isinstance(c, int) and c > 0 for c in channels):
-            raise UserError(f"generator.channels: {list(channels)}; give a width for each scale, the finest first")
+            raise ValueError(f"generator.noise is {noise!r}; it is cross_attention, concat or none")
+        if not channels or min(*channels, z_dim, style_dim, num_tokens) < 1 or attention_scales < 0:
+            raise ValueError(f"generator.channels is {list(channels)}, z_dim {z_dim}, style_dim {style_dim}, num_tokens "
+                             f"{num_tokens}; give a width for each scale, the finest first, and at least 1 of the others")
         self.num_classes, self.z_dim, self.noise, self.checkpointing = num_classes, z_dim, noise, checkpointing
         self.divisor = 2 ** (len(channels) - 1)
         scales = range(len(channels))
@@ -233,6 +235,8 @@ class Discriminator(nn.Module):
 
     def __init__(self, num_classes: int, feature_channels: list[int], channels: int = 64):
         super().__init__()
+        if channels < 1:
+            raise ValueError(f"discriminator.channels is {channels}; it is at least 1")
         widths = [min(channels * 2 ** (i + 1), 4 * channels) for i in range(len(feature_channels))]
         block = lambda c_in, c_out: ResidualBlock(c_in, c_out, norm=None, wrap=spectral_norm)
         self.lateral = nn.ModuleList(block(c, w) for c, w in zip(feature_channels, widths))

@@ -4,8 +4,7 @@ Sushko et al., "You Only Need Adversarial Supervision for Semantic Image Synthes
 published networks are those of boschresearch/OASIS. What is computed here is the same, with less work:
 
 - The generator's label input is never a one-hot map. A 3 x 3 convolution of one is the sum of nine rows of its
-  weights, one for each neighbor's class; noise that is constant over a region is nine more rows. Where few distinct
-  neighborhoods occur, as in drawn maps, a SPADE layer's label branch is computed once for each and copied.
+  weights, one for each neighbor's class; noise that is constant over a region is nine more rows.
 - In the discriminator, a 3 x 3 convolution followed by 2 x 2 average pooling is one 4 x 4 convolution of stride 2, and
   one that follows nearest upsampling is one 4 x 4 transposed convolution of stride 2.
 
@@ -13,7 +12,7 @@ Label maps hold classes 0..C-1 and C for void. OASIS's cross-entropy is that of 
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -21,42 +20,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from config import UserError
-
-BLOCKS = 6                   # residual blocks in the generator, and down and up in the discriminator
-SPADE_HIDDEN = 128           # channels between the label map and a SPADE layer's scale and shift
-SHARE_BELOW = 1 / 3          # distinct neighborhoods per pixel under which sharing them is the faster way
+BLOCKS = 6          # residual blocks in the generator, and down and up in the discriminator
+SPADE_HIDDEN = 128  # channels between the label map and a SPADE layer's scale and shift
 
 
 class Neighborhoods(NamedTuple):
-    """What the label branches at one resolution look up; N pixels, M distinct 3 x 3 and P distinct 5 x 5
-    neighborhoods (without sharing M = N, and `windows` and `pixels` are None)."""
-    rows: Tensor             # (M, 18) rows of `LabelConv`'s table: nine neighbors' classes, and their noise
-    windows: Tensor | None   # (P, 9) the 3 x 3 neighborhoods inside each 5 x 5 one, M = outside the image
-    pixels: Tensor | None    # (N,) the 5 x 5 neighborhood around each pixel
-    noise: Tensor            # (V, z_dim), the noise vectors that the rows refer to
-    shape: tuple[int, ...]   # (B, h, w)
-
-
-def _windows(ids: Tensor, outside: int) -> Tensor:
-    """Ids (B, h, w) -> (B * h * w, 9), the 3 x 3 window around each pixel, in row-major order."""
-    return F.pad(ids, (1, 1, 1, 1), value=outside).unfold(1, 3, 1).unfold(2, 3, 1).reshape(-1, 9)
-
-
-def _distinct_windows(ids: Tensor, count: int) -> tuple[Tensor, int]:
-    """Ids 0..count-1 (B, h, w) -> ids of their distinct 3 x 3 windows (B, h, w), and how many there are. Exact:
-    three ids are packed in one integer, along rows, then columns, and with fewer than 2^21 pixels they fit."""
-    for dim in (2, 1):
-        padded = F.pad(ids, (1, 1, 0, 0) if dim == 2 else (0, 0, 1, 1), value=count)
-        before, here, after = padded.unfold(dim, 3, 1).unbind(-1)
-        distinct, ids = torch.unique((before * (count + 1) + here) * (count + 1) + after, return_inverse=True)
-        count = len(distinct)
-    return ids, count
-
-
-def _examples(ids: Tensor, count: int) -> Tensor:
-    """For each id 0..count-1 one pixel that has it, an index into the flattened map; (count,)."""
-    return ids.new_empty(count).scatter_(0, ids.flatten(), torch.arange(ids.numel(), device=ids.device))
+    """What the label branches at one resolution look up."""
+    rows: Tensor   # int64 (B, h, w, 18), rows of `LabelConv`'s table: nine neighbors' classes, and their noise
+    noise: Tensor  # (V, z_dim), the noise vectors that the rows refer to
 
 
 def _neighborhoods(label_map: Tensor, noise: Tensor, noise_ids: Tensor, num_classes: int) -> Neighborhoods:
@@ -65,21 +36,9 @@ def _neighborhoods(label_map: Tensor, noise: Tensor, noise_ids: Tensor, num_clas
         used, noise_ids = torch.unique(noise_ids, return_inverse=True)
         noise = noise[used]
     # The table's blocks of nine rows: 0 = outside (zeros), then the classes and void, then the noise vectors.
-    blocks = torch.cat([_windows(label_map + 1, outside=0), _windows(noise_ids + num_classes + 2, outside=0)], dim=1)
-    rows = 9 * blocks + torch.arange(9, device=blocks.device).repeat(2)
-    dense = Neighborhoods(rows, None, None, noise, tuple(label_map.shape))
-    # On a GPU the host would have to wait for each count, and compiled code for each new shape.
-    if rows.is_cuda or len(rows) >= 2**21:
-        return dense
-    values, tokens = torch.unique(noise_ids * (num_classes + 1) + label_map, return_inverse=True)
-    threes, three_count = _distinct_windows(tokens, len(values))
-    if three_count > SHARE_BELOW * len(rows):
-        return dense
-    fives, five_count = _distinct_windows(threes, three_count)
-    if five_count > SHARE_BELOW * len(rows):
-        return dense
-    windows = _windows(threes, outside=three_count)[_examples(fives, five_count)]
-    return dense._replace(rows=rows[_examples(threes, three_count)], windows=windows, pixels=fives.flatten())
+    blocks = F.pad(torch.stack([label_map + 1, noise_ids + num_classes + 2]), (1, 1, 1, 1))
+    windows = blocks.unfold(2, 3, 1).unfold(3, 3, 1).movedim(0, 3).flatten(3)
+    return Neighborhoods(9 * windows + torch.arange(9, device=windows.device).repeat(2), noise)
 
 
 class LabelConv(nn.Conv2d):
@@ -91,18 +50,19 @@ class LabelConv(nn.Conv2d):
         self.z_dim = z_dim
 
     def forward(self, near: Neighborhoods) -> Tensor:
-        """-> (M, features), one row for each distinct 3 x 3 neighborhood."""
+        """-> (B, h, w, features)."""
         by_channel = self.weight.permute(1, 2, 3, 0)
         by_noise = near.noise @ by_channel[:self.z_dim].flatten(1)
         blocks = [by_channel.new_zeros(9, self.out_channels), by_channel[self.z_dim:].flatten(0, 2),
                   by_noise.to(by_channel.dtype).view(-1, self.out_channels)]
-        return F.embedding_bag(near.rows, torch.cat(blocks), mode="sum") + self.bias
+        features = F.embedding_bag(near.rows.flatten(0, 2), torch.cat(blocks), mode="sum") + self.bias
+        return features.unflatten(0, near.rows.shape[:3])
 
 
-def _as_map(rows: Tensor, shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """(B * h * w, features) -> (B, features, h, w), in memory as `like` is: channels last or not."""
-    maps = rows.view(*shape, -1).permute(0, 3, 1, 2)
-    return maps if like.is_contiguous(memory_format=torch.channels_last) else maps.contiguous()
+def _channels_second(features: Tensor, like: Tensor) -> Tensor:
+    """(B, h, w, features) -> (B, features, h, w), in memory as `like` is: channels last or not."""
+    features = features.permute(0, 3, 1, 2)
+    return features if like.is_contiguous(memory_format=torch.channels_last) else features.contiguous()
 
 
 class SpectralConv2d(nn.Conv2d):
@@ -132,14 +92,14 @@ class SpectralConv2d(nn.Conv2d):
 
 def _check_size(height: int, width: int, step: int, network: str) -> None:
     if height % step or width % step:
-        raise UserError(f"image size {height} x {width}: OASIS's {network} needs multiples of {step}; change data.size")
+        raise ValueError(f"image size {height} x {width}: OASIS's {network} needs multiples of {step}")
 
 
 @torch.no_grad()
-def _initialize(network: nn.Module) -> None:
-    """Xavier normal weights of gain 0.02 and zero biases, as published; settled spectral norms, as torch's are."""
+def _initialize(network: nn.Module, gain: float) -> None:
+    """Xavier normal weights and zero biases; settled spectral norms, as torch's are."""
     for parameter in network.parameters():
-        nn.init.xavier_normal_(parameter, gain=0.02) if parameter.ndim == 4 else nn.init.zeros_(parameter)
+        nn.init.xavier_normal_(parameter, gain) if parameter.ndim == 4 else nn.init.zeros_(parameter)
     for module in [module for module in network.modules() if isinstance(module, SpectralConv2d)] * 15:
         module.normalized_weight()
 
@@ -156,16 +116,8 @@ class SPADE(nn.Module):
 
     def forward(self, x: Tensor, near: Neighborhoods) -> Tensor:
         """x: (B, features, h, w) -> the same shape."""
-        hidden = F.relu(self.shared(near))
-        if near.pixels is None:
-            hidden = _as_map(hidden, near.shape, like=x)
-            scale, shift = 1 + self.gamma(hidden), self.beta(hidden)
-        else:
-            hidden = F.pad(hidden, (0, 0, 0, 1))  # the row that windows call outside: zero padding
-            windows = F.embedding(near.windows, hidden).flatten(1)
-            kernels = [conv.weight.permute(0, 2, 3, 1).flatten(1) for conv in (self.gamma, self.beta)]
-            rows = 1 + F.linear(windows, kernels[0], self.gamma.bias), F.linear(windows, kernels[1], self.beta.bias)
-            scale, shift = (_as_map(F.embedding(near.pixels, half), near.shape, like=x) for half in rows)
+        hidden = _channels_second(F.relu(self.shared(near)), like=x)
+        scale, shift = 1 + self.gamma(hidden), self.beta(hidden)
         return torch.addcmul(shift, self.norm(x), scale)
 
 
@@ -195,23 +147,34 @@ class OASISGenerator(nn.Module):
     """Label map and noise -> image.
 
     Args:
-        height, width: of the images, multiples of 32 (UserError otherwise).
+        num_classes: C.
+        height, width: of the images, multiples of 32.
         channels: width of the last block (64 as published, 74.3 M parameters at C = 150).
+        z_dim: length of a noise vector (64 as published).
+        gain: of the Xavier normal initialization (0.02 as published).
+
+    Raises ValueError for a size that is no multiple of 32, and for channels or z_dim below 1.
 
     For training on several GPUs convert with `nn.SyncBatchNorm.convert_sync_batchnorm`, as published. It refuses CPU
     tensors: several CPU processes each normalize by their own share of the batch, which only approximates one process.
-    `.to(memory_format=torch.channels_last)` is faster, but not for training on a CPU (slow weight gradients).
     """
 
-    def __init__(self, num_classes: int, height: int, width: int, channels: int = 64, z_dim: int = 64):
+    divisor = 2 ** (BLOCKS - 1)  # of image sides
+    # In training: weight gradients of channels-last convolutions are slow on a CPU.
+    cpu_format = torch.contiguous_format
+
+    def __init__(self, num_classes: int, height: int, width: int, channels: int = 64, z_dim: int = 64,
+                 gain: float = 0.02):
         super().__init__()
-        self.num_classes, self.z_dim, self.divisor = num_classes, z_dim, 2 ** (BLOCKS - 1)
-        _check_size(height, width, 2 ** (BLOCKS - 1), "generator")
+        if min(channels, z_dim) < 1:
+            raise ValueError(f"channels {channels}, z_dim {z_dim}: make both 1 or more")
+        _check_size(height, width, self.divisor, "generator")
+        self.num_classes, self.z_dim = num_classes, z_dim
         features = [channels * factor for factor in (16, 16, 16, 8, 4, 2, 1)]
         self.first = LabelConv(z_dim, num_classes, features[0])
         self.blocks = nn.ModuleList(GeneratorBlock(*pair, z_dim, num_classes) for pair in pairwise(features))
         self.to_rgb = nn.Conv2d(channels, 3, 3, padding=1)
-        _initialize(self)
+        _initialize(self, gain)
 
     def forward(self, label_map: Tensor, z: Tensor, z2: Tensor | None = None, region: Tensor | None = None,
                 noise_ids: Tensor | None = None) -> Tensor:
@@ -234,37 +197,9 @@ class OASISGenerator(nn.Module):
             stride = 2 ** (BLOCKS - 1 - i)  # nearest resizing by a whole factor keeps every stride-th pixel
             labels, ids = (full[:, ::stride, ::stride] for full in (label_map, noise_ids))
             near = _neighborhoods(labels, z, ids, self.num_classes)
-            x = self._first_features(near) if i == 0 else F.interpolate(x, scale_factor=2)
+            x = F.interpolate(x, scale_factor=2) if i else _channels_second(self.first(near), like=self.to_rgb.weight)
             x = block(x, near)
         return torch.tanh(self.to_rgb(F.leaky_relu(x, 0.2)))
-
-    def _first_features(self, near: Neighborhoods) -> Tensor:
-        features = self.first(near)
-        if near.pixels is not None:
-            features = F.embedding(near.windows[near.pixels, 4], features)  # 4: the window's center
-        return _as_map(features, near.shape, like=self.to_rgb.weight)
-
-
-@torch.no_grad()
-def refresh_batch_norm(generator: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
-    """Measure the batch-norm statistics of an averaged generator (moving average of weights) before it is used.
-
-    They become the plain mean over all batches (about 50 are enough) of label maps (B, H, W) and noise (B, z_dim);
-    the published code keeps a running mean of momentum 0.1 over 51. It is in eval mode then, otherwise unchanged.
-    Processes that share the model must pass the same batches.
-    """
-    norms = [module for module in generator.modules() if isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm))]
-    momenta = [norm.momentum for norm in norms]
-    generator.eval()
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # cumulative mean
-        norm.train()
-    for batch in batches:
-        generator(*batch)
-    for norm, momentum in zip(norms, momenta):
-        norm.momentum = momentum
-    generator.eval()
 
 
 def _box(weight: Tensor) -> Tensor:
@@ -309,25 +244,31 @@ class DiscriminatorBlock(nn.Module):
 
 class OASISDiscriminator(nn.Module):
     """Image -> class logits of every pixel, a U-Net. `channels`: half the width of the first block (64 as published,
-    22.3 M parameters at C = 150). The C + 2 logits are the C classes, unknown (channel C, void's id) and, last, fake.
-    Published OASIS has the unknown channel too: it is never a target that counts, but takes part in the softmax."""
+    22.3 M parameters at C = 150), 1 or more (ValueError otherwise). `gain`: as the generator's.
 
-    def __init__(self, num_classes: int, channels: int = 64):
+    The C + 2 logits are the C classes, unknown (channel C, void's id) and, last, fake. Published OASIS has the unknown
+    channel too: it is never a target that counts, but takes part in the softmax."""
+
+    divisor = 2**BLOCKS
+    cpu_format = torch.contiguous_format
+
+    def __init__(self, num_classes: int, channels: int = 64, gain: float = 0.02):
         super().__init__()
-        self.divisor = 2**BLOCKS
+        if channels < 1:
+            raise ValueError(f"channels {channels}: make it 1 or more")
         widths = [channels * factor for factor in (2, 2, 4, 4, 8, 8)]
         self.down = nn.ModuleList(
             DiscriminatorBlock(*pair, up=False, first=pair[0] == 3) for pair in pairwise([3, *widths]))
         inputs = [widths[-1]] + [2 * width for width in widths[-2::-1]]  # all but the first see a skip beside
         self.up = nn.ModuleList(DiscriminatorBlock(*pair, up=True) for pair in zip(inputs, [*widths[-2::-1], channels]))
         self.to_logits = nn.Conv2d(channels, num_classes + 2, 1)
-        _initialize(self)
+        _initialize(self, gain)
 
     def forward(self, images: Tensor, features: list[Tensor] = ()) -> Tensor:
-        """images: (B, 3, H, W) in [-1, 1], H and W multiples of 64 (UserError) -> logits (B, C + 2, H, W).
+        """images: (B, 3, H, W) in [-1, 1], H and W multiples of 64 (ValueError) -> logits (B, C + 2, H, W).
 
         `features`, which other discriminators see, are not used."""
-        _check_size(*images.shape[2:], 2**BLOCKS, "discriminator")
+        _check_size(*images.shape[2:], self.divisor, "discriminator")
         skips = [images]
         for block in self.down:
             skips.append(block(skips[-1]))
@@ -352,20 +293,19 @@ def labelmix_loss(mixed_logits: Tensor, real_logits: Tensor, fake_logits: Tensor
 
 
 # Our parameter names -> theirs, as regular expressions applied in this order.
-_GENERATOR_NAMES = (
+_OFFICIAL_NAMES = (
     (r"^first\.", "fc."), (r"^to_rgb\.", "conv_img."), (r"^blocks\.", "body."), (r"\.norm\.", ".first_norm."),
-    (r"\.shared\.", ".mlp_shared.0."), (r"\.(gamma|beta)\.", r".mlp_\1."))
-_DISCRIMINATOR_NAMES = (
+    (r"\.shared\.", ".mlp_shared.0."), (r"\.(gamma|beta)\.", r".mlp_\1."),
     (r"^down\.0\.conv_1\.", "down.0.conv1.0."), (r"^down\.(\d)\.conv_1\.", r"down.\1.conv1.1."),
     (r"^up\.(\d)\.conv_1\.", r"up.\1.conv1.2."), (r"\.conv_2\.", ".conv2.1."), (r"^(down|up)\.", r"body_\1."),
-    (r"^to_logits\.", "layer_up_last."))
-# Where u exists, weight is what they call weight_orig.
-_SPECTRAL_NORM_NAMES = ((r"(conv_[01s]|conv[12]\.[012])\.weight$", r"\1.weight_orig"), (r"\.([uv])$", r".weight_\1"))
+    (r"^to_logits\.", "layer_up_last."),
+    # The spectrally normalized convolutions.
+    (r"(conv_[01s]|conv[12]\.[012])\.weight$", r"\1.weight_orig"), (r"\.([uv])$", r".weight_\1"))
 
 
-def _official_name(name: str, network: nn.Module) -> str:
-    names = _GENERATOR_NAMES if isinstance(network, OASISGenerator) else _DISCRIMINATOR_NAMES
-    for ours, theirs in names + _SPECTRAL_NORM_NAMES:
+def official_name(name: str) -> str:
+    """The official state dict's key for an entry of ours, of either network."""
+    for ours, theirs in _OFFICIAL_NAMES:
         name = re.sub(ours, theirs, name)
     return name
 
@@ -383,17 +323,17 @@ def load_official(network: nn.Module, state: Mapping[str, Tensor], source: str) 
 
     Their label channel 0 is unknown, our void; their channel c + 1 is our class c. That is ADE20K's png id
     c + 1 (C = 150), COCO-Stuff's png id c (C = 182) and Cityscapes' labelId c + 1 (C = 34; the last is unused).
-    `source` is the file's name, for messages. Raises UserError for a missing, unknown or differently shaped entry.
+    `source` is the file's name, for messages. Raises ValueError for a missing, unknown or differently shaped entry.
     """
     wanted = network.state_dict()
-    ours = {_official_name(name, network): name for name in wanted}
+    ours = {official_name(name): name for name in wanted}
     wrong = f"{source}: not the official file of this {type(network).__name__}"
     for names, fault in ((ours.keys() - state.keys(), "lacks"), (state.keys() - ours.keys(), "has unknown entries")):
         if names:
-            raise UserError(f"{wrong}: it {fault} {min(names)} ({len(names)} in all); "
+            raise ValueError(f"{wrong}: it {fault} {min(names)} ({len(names)} in all); "
                             "give *_EMA.pth or *_G.pth for the generator, *_D.pth for the discriminator")
     for theirs, name in ours.items():
         if state[theirs].shape != wanted[name].shape:
             shapes = f"{tuple(state[theirs].shape)} and should be {tuple(wanted[name].shape)}"
-            raise UserError(f"{wrong}: {theirs} is {shapes}; use the config of the file's data set and widths")
+            raise ValueError(f"{wrong}: {theirs} is {shapes}; use the config of the file's data set and widths")
     network.load_state_dict({name: _in_our_order(name, state[theirs], network) for theirs, name in ours.items()})

@@ -1,10 +1,9 @@
 """The network of the Semantic Diffusion Model (SDM; Wang et al., 2022, arXiv 2207.00050).
 
 A diffusion U-Net whose encoder sees only the noisy image. The label map enters the middle and the decoder, where every
-group normalization is a SPADE: its scale and shift are maps computed from the one-hot label map. Three facts follow that
+group normalization is a SPADE: its scale and shift are maps computed from the one-hot label map. Two facts follow that
 sampling can use, at equal mathematics: those maps do not depend on the step, so `encode_labels` computes them once an
-image; without a label map they are constant but for the outermost pixels, so 3 x 3 values hold them; and the encoder's
-result is the same with and without the label map, so guidance runs it once.
+image; and the encoder's result is the same with and without the label map, so guidance runs it once.
 
 Schedule, loss and samplers are in diffusion.py.
 """
@@ -19,14 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from config import UserError
-
 NORM_GROUPS = 32
-VOID_CHANNELS = ("last", "first", "none")
 
-# What `SPADE.encode` gives, (scale, shift), for each SPADE in the order in which the network meets them; for guidance
-# followed by the same two of no label map.
-LabelFeatures = list[tuple[Tensor, ...]]
+# What `SPADE.encode` gives, scale and shift, for each SPADE in the order in which the network meets them.
+LabelFeatures = list[tuple[Tensor, Tensor]]
 
 # Our parameter names -> those of the official state dict, applied in this order.
 OFFICIAL_NAMES = (
@@ -86,15 +81,6 @@ def tile(x: Tensor, copies: int) -> Tensor:
     return x.expand(copies, *x.shape).flatten(0, 1)
 
 
-def spread(edges: Tensor, size: tuple[int, int]) -> Tensor:
-    """(1, C, 3, 3) -> (1, C, *size), the middle row and column repeated; sides below 3 are as they are."""
-    for dim, side in zip((1, 2), size):
-        index = torch.arange(side, device=edges.device).clamp(max=1)
-        index[-1] = min(side, 3) - 1
-        edges = edges.permute(0, 2, 3, 1).index_select(dim, index).permute(0, 3, 1, 2)  # stays channels last
-    return edges
-
-
 def zeroed(layer: nn.Module) -> nn.Module:
     """The layer with weight and bias at zero, so that a residual branch starts as the identity."""
     nn.init.zeros_(layer.weight)
@@ -130,22 +116,10 @@ class SPADE(nn.Module):
         hidden = F.relu(self.shared(semantics[..., :: self.stride, :: self.stride]))
         return 1 + self.gamma(hidden), self.beta(hidden)
 
-    def encode_nothing(self, semantics: Tensor) -> tuple[Tensor, Tensor]:
-        """What `encode` gives for zeros of the size of semantics, as (1, channels, 3, 3) for `spread`: hidden is
-        constant then, and a zero-padded convolution of a constant has its corners, its sides and one value within."""
-        sides = [self.stride * min(3, side // self.stride) for side in semantics.shape[2:]]
-        return self.encode(semantics.new_zeros(1, semantics.shape[1], *sides))
-
-    def forward(self, x: Tensor, labels: Tensor | tuple[Tensor, ...]) -> Tensor:
-        """labels: the semantics, or what `encode` made of them; with that of `encode_nothing` behind it, the second half
-        of x's batch has no label map."""
-        scale, shift, *nothing = self.encode(labels) if isinstance(labels, Tensor) else labels
-        x = F.group_norm(x, NORM_GROUPS)
-        if not nothing:
-            return torch.addcmul(shift, x, scale)
-        given, withheld = x.chunk(2)
-        scale0, shift0 = (spread(m, x.shape[2:]) for m in nothing)
-        return torch.cat([torch.addcmul(shift, given, scale), torch.addcmul(shift0, withheld, scale0)])
+    def forward(self, x: Tensor, labels: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+        """labels: the semantics, or what `encode` made of them."""
+        scale, shift = self.encode(labels) if isinstance(labels, Tensor) else labels
+        return torch.addcmul(shift, F.group_norm(x, NORM_GROUPS), scale)
 
 
 class ResidualBlock(nn.Module):
@@ -161,7 +135,9 @@ class ResidualBlock(nn.Module):
         self.resample = resample
 
         def norm(channels: int, stride: int) -> nn.Module:
-            return GroupNorm(channels) if label_channels is None else SPADE(channels, label_channels, spade_channels, stride)
+            if label_channels is None:
+                return GroupNorm(channels)
+            return SPADE(channels, label_channels, spade_channels, stride)
 
         self.norm1 = norm(in_channels, stride)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
@@ -217,7 +193,7 @@ class SDMUNet(nn.Module):
     checkpointing: in training, recompute each block's inner activations in the backward pass instead of keeping them.
 
     The defaults are the published size: 660.6 M parameters with 150 classes.
-    Raises UserError for another void_channel and where widths do not divide as they must.
+    Raises ValueError for another void_channel and where widths do not divide as they must.
     """
 
     def __init__(self, num_classes: int, base_channels: int = 256, multipliers: tuple[int, ...] = (1, 1, 2, 2, 4, 4),
@@ -227,18 +203,18 @@ class SDMUNet(nn.Module):
         super().__init__()
         self.num_classes, self.base_channels = num_classes, base_channels
         self.void_channel, self.instance_edges, self.checkpointing = void_channel, instance_edges, checkpointing
-        if void_channel not in VOID_CHANNELS:
-            raise UserError(f"void_channel {void_channel!r}: choose one of {', '.join(VOID_CHANNELS)}")
+        if void_channel not in ("last", "first", "none"):
+            raise ValueError(f"void_channel {void_channel!r}: choose one of last, first, none")
         self.label_channels = num_classes + (void_channel != "none") + instance_edges
         self.divisor = 2 ** (len(multipliers) - 1)  # of image sides
         widths = [base_channels * multiplier for multiplier in multipliers]
         for level, width in enumerate(widths):
             if width % NORM_GROUPS:
-                raise UserError(f"base_channels {base_channels} times multiplier {multipliers[level]} is {width}: "
-                                f"make it a multiple of {NORM_GROUPS}")
+                raise ValueError(f"base_channels {base_channels} times multiplier {multipliers[level]} is {width}: "
+                                 f"make it a multiple of {NORM_GROUPS}")
             if width % head_channels and (2**level in attention_strides or level == len(widths) - 1):
-                raise UserError(f"head_channels {head_channels} does not divide the {width} channels of the attention "
-                                f"at stride {2**level}: choose a divisor of {width}")
+                raise ValueError(f"head_channels {head_channels} does not divide the {width} channels of the attention "
+                                 f"at stride {2**level}: choose a divisor of {width}")
 
         time_channels = 4 * base_channels
         self.time_mlp = nn.Sequential(nn.Linear(base_channels, time_channels), nn.SiLU(),
@@ -248,8 +224,8 @@ class SDMUNet(nn.Module):
             return [SelfAttention(widths[level], head_channels)] if 2**level in attention_strides else []
 
         def conditional(in_channels: int, out_channels: int, level: int, resample: str | None = None) -> ResidualBlock:
-            return ResidualBlock(in_channels, out_channels, time_channels, self.label_channels, spade_channels, 2**level,
-                                 resample)
+            return ResidualBlock(in_channels, out_channels, time_channels, self.label_channels, spade_channels,
+                                 2**level, resample)
 
         # Each stage is a list of layers run in turn; the decoder's stage i takes the encoder's stage -1 - i beside it.
         channels = widths[0]
@@ -304,13 +280,15 @@ class SDMUNet(nn.Module):
     def encode_labels(self, label_map: Tensor, instances: Tensor | None = None, guided: bool = False) -> LabelFeatures:
         """Everything that forward needs of the label map, to be computed once an image and given to every step.
 
-        label_map, instances: as in `semantics`. guided: add what a dropped label map gives, so that forward also returns
-        the unconditional output. At the published size and 256 x 256 this is about 2 GB an image in float32.
+        label_map, instances: as in `semantics`. guided: add what a dropped label map gives, so that forward also
+        returns the unconditional output. At the published size and 256 x 256 this is about 2 GB an image in float32,
+        guided twice that.
         """
         semantics = self.semantics(label_map, instances)
+        if guided:
+            semantics = torch.cat([semantics, torch.zeros_like(semantics)])
         # Modules are listed in the order of their registration, which is the order of forward.
-        return [module.encode(semantics) + (module.encode_nothing(semantics) if guided else ())
-                for module in self.modules() if isinstance(module, SPADE)]
+        return [module.encode(semantics) for module in self.modules() if isinstance(module, SPADE)]
 
     def forward(self, noisy: Tensor, t: Tensor, labels: Tensor | LabelFeatures, instances: Tensor | None = None,
                 dropped: Tensor | None = None) -> Tensor:
@@ -320,17 +298,15 @@ class SDMUNet(nn.Module):
         `encode_labels` made of it.
         Returns (B, 6, H, W): the noise estimate, then the variance fraction in about [-1, 1] (see diffusion.py). With
         guided features (2B, 6, H, W): the outputs with the label map, then those without.
-        Raises UserError if the size does not fit the number of levels.
+        Raises ValueError if the size does not fit the number of levels.
         """
         if any(side % self.divisor for side in noisy.shape[-2:]):
-            raise UserError(f"image size {tuple(noisy.shape[-2:])}: make both sides multiples of {self.divisor}, "
-                            f"or use fewer multipliers")
-        copies = 1
+            raise ValueError(f"image size {tuple(noisy.shape[-2:])}: make both sides multiples of {self.divisor}, "
+                             "or use fewer multipliers")
         if isinstance(labels, Tensor):
-            labels = itertools.repeat(self.semantics(labels, instances, dropped))
+            copies, labels = 1, itertools.repeat(self.semantics(labels, instances, dropped))
         else:
-            copies = len(labels[0]) // 2
-            labels = iter(labels)
+            copies, labels = len(labels[0][0]) // len(noisy), iter(labels)  # two copies if guided
 
         embedding = F.silu(self.time_mlp(timestep_embedding(t, self.base_channels)))
         h, skips = noisy, []
@@ -359,20 +335,16 @@ class SDMUNet(nn.Module):
         """Load an official state dict (`ema_0.9999_best.pt`, `model*.pt`). `source` names it in messages.
 
         Label channels keep their order, which void_channel must therefore be right about.
-        Raises UserError if a key is missing or unknown, or a shape differs; nothing is loaded then.
+        Raises ValueError if a key is missing or unknown, or a shape differs; nothing is loaded then.
         """
-        names = {official_name(name): name for name in self.state_dict()}
-        missing, unknown = [k for k in names if k not in state_dict], [k for k in state_dict if k not in names]
+        ours = {official_name(name): (name, value.shape) for name, value in self.state_dict().items()}
+        missing, unknown = [k for k in ours if k not in state_dict], [k for k in state_dict if k not in ours]
         if missing or unknown:
-            raise UserError(f"{source}: not the state dict of this SDM network: {len(missing)} keys missing "
-                            f"{missing[:3]}, {len(unknown)} unknown {unknown[:3]}; check multipliers, num_res_blocks "
-                            f"and attention_strides")
-        ours = self.state_dict()
-        for key, name in names.items():
-            if state_dict[key].shape != ours[name].shape:
-                label_channels = state_dict["middle_block.0.in_norm.mlp_shared.0.weight"].shape[1]
-                raise UserError(f"{source}: {key} has shape {tuple(state_dict[key].shape)}, not "
-                                f"{tuple(ours[name].shape)}; the file has {label_channels} label channels, this "
-                                f"network {self.label_channels}: check num_classes, void_channel, instance_edges, "
-                                f"base_channels")
-        self.load_state_dict({name: state_dict[key] for key, name in names.items()})
+            raise ValueError(f"{source}: not the state dict of this SDM network: {len(missing)} keys missing "
+                             f"{missing[:3]}, {len(unknown)} unknown {unknown[:3]}; check multipliers, num_res_blocks "
+                             "and attention_strides")
+        for key, (_, shape) in ours.items():
+            if state_dict[key].shape != shape:
+                raise ValueError(f"{source}: {key} has shape {tuple(state_dict[key].shape)}, not {tuple(shape)}; check "
+                                 "num_classes, void_channel, instance_edges and base_channels")
+        self.load_state_dict({name: state_dict[key] for key, (name, _) in ours.items()})

@@ -1,14 +1,9 @@
 """The judge of mIoU: a segmentation network that reads generated images and is compared with the asked label map.
 
 Where none is given, a small U-Net is trained on the real training split; it shares nothing with the discriminator.
-
-    python segmenter.py --config configs/camvid.yaml --out camvid_segmenter.pt data.root=../camvid
-    python evaluate.py --checkpoint FILE eval.segmenter=camvid_segmenter.pt
 """
 
-import argparse
-import hashlib
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -18,11 +13,12 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from checkpoint import save_checkpoint
-from config import UserError, load_config, one_line
-from data import build_dataset, leave_signals_to_parent
+from config import DataSettings, Settings, UserError, shorten
+from dataset import LabeledImages, build_dataset, leave_signals_to_parent
+from distributed import gather
+from evaluation import cache_file, data_key
 from judges import file_sha256
 from labels import label_format
-from metrics import confusion_matrix, data_key, gather, segmentation_scores
 
 BATCH_SIZE, LEARNING_RATE, WEIGHT_DECAY = 16, 4e-3, 0.02
 LOAD_SCALE = 1.3  # images of up to 1.3 x the size, randomly cropped
@@ -75,9 +71,10 @@ class Segmenter:
         judges: (C + 1,) bool. A class that no id maps to cannot be judged: its pixels count as void.
     """
 
-    def __init__(self, predict, mapping: list[int], class_names: list[str], description: dict):
+    def __init__(self, predict: Callable[[torch.Tensor], torch.Tensor], mapping: list[int], class_names: list[str],
+                 description: dict):
         count = len(class_names)
-        self.predict, self.num_classes = predict, count
+        self.predict = predict
         self.lookup = torch.tensor([count if target == -1 else target for target in mapping])
         self.judges = torch.tensor([c in mapping for c in range(count)] + [False])
         self.description = description | {
@@ -94,24 +91,24 @@ class Segmenter:
         return self.lookup.to(ids.device)[ids]
 
 
-def train_segmenter(data_config: dict, steps: int, device: torch.device | str, seed: int = 0) -> dict:
-    """Train a SmallUNet on the real training split: random crops, flips and color; weighted cross-entropy, void left out.
+def train_segmenter(settings: DataSettings, steps: int, device: torch.device | str, seed: int = 0) -> dict:
+    """Train a SmallUNet on the real training split: random crops, flips and color; weighted cross-entropy without void.
 
     Returns: what `load_segmenter` reads: weights, class_names, size, steps.
     """
-    dataset = build_dataset(data_config | {"load_scale": LOAD_SCALE, "instances": False}, "train", seed, augment=True)
+    dataset = build_dataset(settings.model_copy(update={"load_scale": LOAD_SCALE, "instances": False}), "train", seed,
+                            augment=True)
     random = torch.Generator().manual_seed(seed)
     draws = torch.randint(len(dataset), (steps * BATCH_SIZE,), generator=random).tolist()
     loader = DataLoader(dataset, BATCH_SIZE, sampler=[(index, draw) for draw, index in enumerate(draws)],
-                        num_workers=data_config["workers"], generator=random, worker_init_fn=leave_signals_to_parent)
+                        num_workers=settings.workers, generator=random, worker_init_fn=leave_signals_to_parent)
     weights = class_weights(dataset).to(device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = SmallUNet(dataset.num_classes).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(network.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, max(steps, 2))
-    bar = tqdm(loader, desc="train segmenter", unit="step", leave=False)
-    for images, labels in bar:
+    for images, labels in tqdm(loader, desc="train segmenter", unit="step", leave=False):
         gain = 1 + 0.2 * (2 * torch.rand(len(images), 3, 1, 1, generator=random) - 1)
         shift = 0.2 * (2 * torch.rand(len(images), 1, 1, 1, generator=random) - 1)
         images = ((images.float() / 127.5 - 1) * gain + shift).to(device, memory_format=torch.channels_last)
@@ -120,15 +117,14 @@ def train_segmenter(data_config: dict, steps: int, device: torch.device | str, s
         loss.backward()
         optimizer.step()
         schedule.step()
-        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
     return {"weights": network.cpu().state_dict(), "class_names": list(dataset.class_names),
             "size": list(dataset.size), "steps": steps}
 
 
-def class_weights(dataset, num_images: int = 100) -> torch.Tensor:
-    """(C,) weights 1 / sqrt(share of pixels), with a mean of 1 over the labelled pixels, from evenly spread images."""
+def class_weights(dataset: LabeledImages) -> torch.Tensor:
+    """(C,) weights 1 / sqrt(share of pixels), with a mean of 1 over the labelled pixels, from about 100 images."""
     count = torch.zeros(dataset.num_classes + 1)
-    for index in range(0, len(dataset), max(1, len(dataset) // num_images)):
+    for index in range(0, len(dataset), max(1, len(dataset) // 100)):
         count += torch.bincount(dataset[index][1].flatten().long(), minlength=len(count))
     share = count[:-1] / count[:-1].sum().clamp_min(1)
     weights = (share + 1e-3).rsqrt()
@@ -140,60 +136,52 @@ def load_segmenter(source: str, class_names: list[str], size: tuple[int, int], d
     """A judge by name.
 
     Args:
-        source: a file of this script; a TorchScript file (.pt) or `torch.export` file (.pt2) that takes float RGB
-            (B, 3, H, W) in [0, 1] and gives logits (B, K, h, w) or ids (B, h, w); or `hf:NAME`, a semantic
+        source: a file that `segmenter_for` keeps; a TorchScript file (.pt) or `torch.export` file (.pt2) that takes
+            float RGB (B, 3, H, W) in [0, 1] and gives logits (B, K, h, w) or ids (B, h, w); or `hf:NAME`, a semantic
             segmentation model of the transformers package.
-        class_names, size: the data set's classes and [height, width].
+        class_names, size: the data set's classes and (height, width).
         mapping: class of the data set for each of the segmenter's ids, -1 for none. None: by name for `hf:`, else the
             segmenter's classes must be the data set's.
 
     Raises:
         UserError: unreadable file, or classes that do not fit the data set.
     """
+    path, identity = Path(source), list(range(len(class_names)))
     if source.startswith("hf:"):
         predict, names = _hugging_face(source[3:], device)
+        count, description = len(names), {"name": source}
         mapping = _match_names(names, class_names, source) if mapping is None else mapping
-        return Segmenter(predict, _checked(mapping, len(names), class_names, source), class_names, {"name": source})
-    path = Path(source)
-    if not path.is_file():
-        raise UserError(f"eval.segmenter: {path} is not a file; give one of segmenter.py, TorchScript, or hf:NAME")
-    description = {"name": path.name, "sha256": file_sha256(path)}
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # not a file of ours; TorchScript and exported programs raise various errors here
-        state = None
-    if not isinstance(state, dict) or "class_names" not in state:
-        predict, count = _exported(path, size, device)
-        mapping = list(range(len(class_names))) if mapping is None else mapping
-        return Segmenter(predict, _checked(mapping, count, class_names, source), class_names, description)
+    elif not path.is_file():
+        raise UserError(f"eval.segmenter: {path} is not a file; give a TorchScript or torch.export file, or hf:NAME")
+    else:
+        description = {"name": path.name, "sha256": file_sha256(path)}
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            description |= {"trained_size": state["size"], "trained_steps": state["steps"]}
+        except Exception:  # not a file of ours; TorchScript and exported programs raise various errors here
+            predict, count = _exported(path, size, device)
+            mapping = identity if mapping is None else mapping
+        else:
+            predict, count, mapping = _trained_here(state, class_names, source, device), len(identity), identity
+    if count not in (None, len(mapping)) or not set(mapping) <= {-1, *identity}:
+        raise UserError(f"segmenter {source}: eval.segmenter_mapping is {shorten(mapping)}; it needs an entry for each "
+                        f"of its {count or len(mapping)} classes: 0 to {len(identity) - 1}, or -1 for none")
+    return Segmenter(predict, mapping, class_names, description)
+
+
+def _trained_here(state: dict, class_names: list[str], source: str, device: torch.device | str) -> Callable:
+    """`predict` of what `train_segmenter` gave."""
     if state["class_names"] != list(class_names):
-        raise UserError(f"{path}: trained on the classes {state['class_names']}, not on the data set's "
-                        f"{list(class_names)}; train one with python segmenter.py")
+        raise UserError(f"{source}: trained on the classes {state['class_names']}, not on the data set's "
+                        f"{list(class_names)}; leave eval.segmenter out, and one is trained")
     network = SmallUNet(len(class_names))
     network.load_state_dict(state["weights"])
     network.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
-
-    def predict(images: torch.Tensor) -> torch.Tensor:
-        return network((images.float() / 127.5 - 1).to(memory_format=torch.channels_last)).argmax(1)
-
-    trained = {"trained_size": state["size"], "trained_steps": state["steps"]}
-    return Segmenter(predict, list(range(len(class_names))), class_names, description | trained)
-
-
-def _checked(mapping: list[int], num_ids: int | None, class_names: list[str], source: str) -> list[int]:
-    wrong = [target for target in mapping if not isinstance(target, int) or not -1 <= target < len(class_names)]
-    if wrong:
-        raise UserError(f"eval.segmenter_mapping: {wrong[0]!r} is no class; use 0 to {len(class_names) - 1}, or -1 for none")
-    if num_ids is not None and len(mapping) != num_ids:
-        raise UserError(f"segmenter {source}: {num_ids} classes, but {len(mapping)} are mapped to the data set's "
-                        f"{len(class_names)}; set eval.segmenter_mapping to one class (or -1) a segmenter class")
-    return mapping
+    return lambda images: network((images.float() / 127.5 - 1).to(memory_format=torch.channels_last)).argmax(1)
 
 
 def _match_names(names: list[str], class_names: list[str], source: str) -> list[int]:
-    def plain(name):
-        return name.split(",")[0].split(";")[0].strip().lower().replace("-", " ")
-
+    plain = lambda name: name.split(",")[0].split(";")[0].strip().lower().replace("-", " ")
     known = {plain(name): c for c, name in enumerate(class_names)}
     missing = [name for name in names if plain(name) not in known]
     if missing:
@@ -202,7 +190,7 @@ def _match_names(names: list[str], class_names: list[str], source: str) -> list[
     return [known[plain(name)] for name in names]
 
 
-def _exported(path: Path, size: tuple[int, int], device: torch.device | str):
+def _exported(path: Path, size: tuple[int, int], device: torch.device | str) -> tuple[Callable, int | None]:
     """(predict, number of classes or None where the network gives ids) of a TorchScript or exported file."""
     try:
         network = torch.export.load(path).module() if path.suffix == ".pt2" else torch.jit.load(path, device).eval()
@@ -210,8 +198,9 @@ def _exported(path: Path, size: tuple[int, int], device: torch.device | str):
         with torch.no_grad():
             output = network(torch.zeros(1, 3, *size, device=device))
     except Exception as error:  # as many kinds as there are files
-        raise UserError(f"segmenter {path}: cannot be loaded and run on {tuple(size)} images "
-                        f"({str(error).strip().splitlines()[-1][:120]}); export it with torch.jit or torch.export") from error
+        reason = str(error).strip().splitlines()[-1][:120]
+        raise UserError(f"segmenter {path}: cannot be loaded and run on {tuple(size)} images ({reason}); export it "
+                        f"with torch.jit or torch.export") from error
 
     def predict(images: torch.Tensor) -> torch.Tensor:
         logits = network(images.float() / 255)
@@ -222,21 +211,18 @@ def _exported(path: Path, size: tuple[int, int], device: torch.device | str):
     return predict, output.shape[1] if output.ndim == 4 else None
 
 
-def _hugging_face(name: str, device: torch.device | str):
+def _hugging_face(name: str, device: torch.device | str) -> tuple[Callable, list[str]]:
     """(predict, class names) of a transformers model: SegFormer, UperNet, Mask2Former and their like."""
     try:
         from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, AutoModelForUniversalSegmentation
-    except ImportError as error:
-        raise UserError(f"eval.segmenter: hf:{name} needs transformers; pip install transformers") from error
-    try:
         processor = AutoImageProcessor.from_pretrained(name)
         try:
             network = AutoModelForSemanticSegmentation.from_pretrained(name)
         except ValueError:  # Mask2Former and OneFormer are of the other kind
             network = AutoModelForUniversalSegmentation.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise UserError(f"eval.segmenter: hf:{name} cannot be fetched ({str(error).splitlines()[0][:120]}); "
-                        f"download it on a connected machine and give its folder, hf:FOLDER") from error
+    except (ImportError, OSError, ValueError) as error:
+        raise UserError(f"eval.segmenter: hf:{name} cannot be had ({str(error).splitlines()[0][:120]}); pip install "
+                        f"transformers; without a connection give the folder of a downloaded one, hf:FOLDER") from error
     network = network.to(device).eval()
 
     def predict(images: torch.Tensor) -> torch.Tensor:
@@ -247,54 +233,18 @@ def _hugging_face(name: str, device: torch.device | str):
     return predict, [network.config.id2label[i] for i in range(len(network.config.id2label))]
 
 
-def segmenter_for(config: dict, cache_dir: str | Path, device: torch.device | str, rank: int = 0) -> Segmenter:
-    """The judge that the config asks for: the one it names, or one trained here once and kept in `cache_dir`.
+def segmenter_for(settings: Settings, cache_dir: str | Path, device: torch.device | str, rank: int = 0) -> Segmenter:
+    """The judge that the settings ask for: the one they name, or one trained here once and kept in `cache_dir`.
 
     Under torch.distributed every process calls it; the first one trains.
     """
-    data_config, judges = config["data"], config["eval"]
-    source = judges["segmenter"]
+    data, source, steps = settings.data, settings.eval.segmenter, settings.eval.segmenter_steps
     if source is None:
-        dataset = build_dataset(data_config, "train")
-        key = repr((RECIPE, data_key(dataset, list(range(len(dataset)))), dataset.class_names, judges["segmenter_steps"]))
-        path = Path(cache_dir) / f"segmenter-{hashlib.sha256(key.encode()).hexdigest()[:16]}.pt"
-        if rank == 0 and not path.is_file():
-            save_checkpoint(train_segmenter(data_config, judges["segmenter_steps"], device), path)
+        dataset = build_dataset(data, "train")
+        key = data_key(dataset, list(range(len(dataset))))
+        source = cache_file(cache_dir, "segmenter", RECIPE, key, dataset.class_names, steps)
+        if rank == 0 and not source.is_file():
+            save_checkpoint(train_segmenter(data, steps, device), source)
         gather(None)  # the others wait for the file
-        source = str(path)
-    return load_segmenter(source, label_format(data_config).class_names, tuple(data_config["size"]), device,
-                          judges["segmenter_mapping"])
-
-
-def validate(segmenter: Segmenter, data_config: dict, device: torch.device | str) -> dict:
-    """Scores on the real val split, as `metrics.segmentation_scores` gives them."""
-    dataset = build_dataset(data_config | {"instances": False}, "val")
-    confusion = 0
-    for images, labels in tqdm(DataLoader(dataset, BATCH_SIZE, num_workers=data_config["workers"]), leave=False):
-        labels = labels.to(device).long()
-        confusion = confusion + confusion_matrix(labels, segmenter(images.to(device)), dataset.num_classes)
-    return segmentation_scores(confusion, dataset.class_names)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True)
-    parser.add_argument("--out", required=True, type=Path, help="file to write")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value")
-    args = parser.parse_args()
-    config = load_config(args.config, args.overrides)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    state = train_segmenter(config["data"], config["eval"]["segmenter_steps"], device)
-    save_checkpoint(state, args.out)
-    segmenter = load_segmenter(str(args.out), state["class_names"], state["size"], device)
-    scores = validate(segmenter, config["data"], device)
-    for name, iou in scores["class_iou"].items():
-        print(f"{name:24} {'absent' if iou is None else f'{iou:.3f}'}")
-    print(f"{args.out}: mIoU {scores['miou']:.3f}, pixel accuracy {scores['pixel_accuracy']:.3f} on real val")
-
-
-if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"error: {one_line(error)}")
+    class_names = label_format(data).class_names
+    return load_segmenter(str(source), class_names, data.size, device, settings.eval.segmenter_mapping)

@@ -8,8 +8,6 @@ import errno
 import json
 import math
 import os
-import re
-import resource
 import signal
 import sys
 import time
@@ -19,24 +17,21 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import yaml
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
-from checkpoint import copy_checkpoint, load_checkpoint, save_checkpoint, whole_file
-from config import UserError, load_config, one_line
-from data import build_dataset, evenly_spaced, leave_signals_to_parent, quick_check
-from distributed import from_first_process, setup_distributed
-from diffusion import Diffusion
-from gan import GAN
+from checkpoint import copy_checkpoint, label_state, load_checkpoint, save_checkpoint, whole_file
+from config import Settings, UserError, flatten, load_settings, run_script
+from dataset import LabeledImages, build_dataset, evenly_spaced, leave_signals_to_parent, quick_check
+from distributed import any_process, from_first_process, peak_memory, setup_distributed
+from evaluation import evaluate_generator, higher_is_better, metric_names
+from interface import Trainer
 from judges import PerceptualNetwork, feature_network
 from segmenter import segmenter_for
-from metrics import evaluate_generator, higher_is_better, metric_names, sampler_for
+from systems import system_for
 
-
-def build_trainer(config: dict, num_classes: int, device: torch.device) -> GAN | Diffusion:
-    """What trains the generator that the config names."""
-    return (Diffusion if config["generator"]["name"] == "sdm" else GAN)(config, num_classes, device)
+DECIDING = ("seed", "data", "generator", "discriminator", "backbone")  # settings that a resumed run must have again
 
 
 class StepSampler:
@@ -67,94 +62,68 @@ class StepSampler:
             yield batch
 
 
-def find_checkpoint(run: Path, config: dict, resume: bool) -> Path | None:
+def find_checkpoint(run: Path, settings: Settings, resume: bool) -> Path | None:
     """The checkpoint to go on from, if any. Raises UserError where a run would be overwritten or is another one."""
     if run.exists() and not resume:
         raise UserError(f"{run} exists; go on with --resume, or choose another name=...")
     if (run / "config.yaml").exists():
-        flat = lambda config: {"seed": config["seed"]} | {
-            f"{section}.{key}": value for section in ("data", "generator", "discriminator", "backbone")
-            for key, value in config[section].items() if key != "workers"}
-        before, now = flat(load_config(run / "config.yaml")), flat(config)
-        for key in before | now:
-            if before.get(key) != now.get(key):
-                raise UserError(f"{run}/config.yaml: {key} is {before.get(key)!r}, now {now.get(key)!r}; "
-                                f"resume with the same, or choose another name=...")
+        now = flatten(settings)
+        for key, value in flatten(load_settings(run / "config.yaml")).items():
+            if key.split(".")[0] in DECIDING and key != "data.workers" and now.get(key) != value:
+                raise UserError(f"{run}/config.yaml: {key} is {value!r}, now {now.get(key)!r}; resume with the same, or "
+                                f"choose another name=...")
     latest = run / "checkpoints" / "latest.pt"
     return latest if latest.exists() else None
 
 
-def make_run(run: Path, config: dict) -> None:
-    """The folders of a run, its resolved configuration; what killed processes were writing is cleared away."""
+def make_run(run: Path, settings: Settings) -> None:
+    """The folders of a run, its resolved settings; what killed processes were writing is cleared away."""
     for folder in ("checkpoints", "samples"):
         (run / folder).mkdir(parents=True, exist_ok=True)
     shared = [path for path in run.parent.glob("cache/*.tmp") if path.stat().st_mtime < time.time() - 3600]
     for leftover in [*run.rglob("*.tmp"), *shared]:  # in the cache another run may be writing
         leftover.unlink(missing_ok=True)
     with whole_file(run / "config.yaml") as path:
-        path.write_text(yaml.safe_dump(config, sort_keys=False))
+        path.write_text(yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False))
 
 
-def drop_lines_after(path: Path, step: int) -> None:
-    """Cut a .jsonl file where its lines lie past `step` or are cut short: their run ended before it saved."""
-    if path.exists():
-        kept = takewhile(lambda line: line.endswith(b"}\n") and json.loads(line)["step"] <= step,
-                         path.read_bytes().splitlines(keepends=True))
-        os.truncate(path, sum(map(len, kept)))  # not written anew, so that a kill loses nothing
-
-
-def append_line(path: Path, record: dict) -> None:
-    with open(path, "a") as file:
-        file.write(json.dumps(record) + "\n")
-
-
-def stop_requested(stop: bool) -> bool:
-    """True on every process as soon as one of them was asked to stop."""
-    if not dist.is_initialized():
-        return stop
-    flag = torch.tensor(int(stop))
-    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-    return bool(flag)
-
-
-def check_fit(config: dict, trainer, world_size: int) -> None:
+def check_fit(settings: Settings, trainer: Trainer, world_size: int) -> None:
     """Raise UserError where processes, sizes or judges do not go together, before anything is spent on them."""
-    train, judges = config["train"], config["eval"]
-    if train["batch_size"] % (world_size * train["accumulation"]):
-        raise UserError(f"train.batch_size is {train['batch_size']}; it must be a multiple of "
-                        f"{world_size} processes x {train['accumulation']} rounds")
+    train, judges, size = settings.train, settings.eval, settings.data.size
+    if train.batch_size % (world_size * train.accumulation):
+        raise UserError(f"train.batch_size is {train.batch_size}; it must be a multiple of "
+                        f"{world_size} processes x {train.accumulation} rounds")
     for kind in ("generator", "discriminator"):
         divisor = getattr(getattr(trainer, kind, None), "divisor", 1)
-        if any(side % divisor for side in config["data"]["size"]):
-            raise UserError(f"data.size is {config['data']['size']}; both must be multiples of {divisor} for this {kind}")
-    if judges["metric"] not in metric_names(judges):
-        raise UserError(f"eval.metric is {judges['metric']!r}; with these judges there are {', '.join(metric_names(judges))}")
-    feature_network(judges["features"], judges["features_weights"], size=judges["features_size"])
-    if judges["diversity_samples"] > 1:
-        PerceptualNetwork(judges["diversity_network"], judges["diversity_weights"], judges["diversity_size"])
+        if any(side % divisor for side in size):
+            raise UserError(f"data.size is {list(size)}; both must be multiples of {divisor} for this {kind}")
+    if judges.metric not in metric_names(judges):
+        raise UserError(f"eval.metric is {judges.metric!r}; with these judges there are {', '.join(metric_names(judges))}")
+    feature_network(judges.features, judges.features_weights, size=judges.features_size)
+    if judges.diversity_samples > 1:
+        PerceptualNetwork(judges.diversity_network, judges.diversity_weights, judges.diversity_size)
 
 
-def check_finite(pending: list[tuple[int, dict]], run: Path, rates: tuple[str, ...]) -> None:
-    """Raise UserError for the first loss of the steps since the last look that is not finite."""
-    for step, values in pending:
-        for name, value in values.items():
-            if not math.isfinite(value):
-                raise UserError(f"{run}: {name} is {value} at step {step}; the last checkpoint is kept. "
-                                f"Go on from it with a lower {' and '.join(f'train.{name}' for name in rates)}")
-
-
-def collect(pending: list[tuple[int, dict[str, torch.Tensor]]]) -> list[tuple[int, dict[str, float]]]:
-    """Losses of the steps since the last look, averaged over processes, as numbers: the one place that waits for a GPU."""
+def read_losses(pending: list[tuple[int, dict[str, torch.Tensor]]], run: Path, trainer: Trainer) -> dict[str, float]:
+    """The latest value of each loss of the steps since the last look, averaged over processes: the one place that waits for
+    a GPU. Raises UserError for the first one that is not finite."""
     flat = torch.stack([value.float() for _, values in pending for value in values.values()])
     if dist.is_initialized():
         dist.all_reduce(flat)
         flat /= dist.get_world_size()
-    numbers = iter(flat.tolist())
-    return [(step, {name: next(numbers) for name in values}) for step, values in pending]
+    numbers, latest = iter(flat.tolist()), {}
+    for step, values in pending:
+        for name in values:
+            latest[name] = next(numbers)
+            if not math.isfinite(latest[name]):
+                rates = " and ".join(f"train.{rate}" for rate, _ in trainer.rates.values())
+                raise UserError(f"{run}: {name} is {latest[name]} at step {step}; the last checkpoint is kept. Go on from "
+                                f"it with a lower {rates}")
+    return latest
 
 
 @torch.no_grad()
-def write_samples(path: Path, trainer, dataset, count: int = 8) -> None:
+def write_samples(path: Path, trainer: Trainer, dataset: LabeledImages, count: int = 8) -> None:
     """One sheet, a column a scene: label map, real image, and below what the trainer shows of its own."""
     palette = torch.from_numpy(dataset.palette).to(trainer.device)
     pairs = [dataset[i] for i in evenly_spaced(len(dataset), count)]
@@ -165,97 +134,98 @@ def write_samples(path: Path, trainer, dataset, count: int = 8) -> None:
     save_image(make_grid(torch.cat(rows).cpu(), nrow=len(pairs), padding=1), path)
 
 
-def start_networks(trainer, config: dict, dataset, source: Path | None) -> tuple[int, list[torch.Tensor]]:
+def start_networks(trainer: Trainer, settings: Settings, dataset: Dataset,
+                   source: Path | None) -> tuple[int, list[torch.Tensor]]:
     """Load a checkpoint or measure what training needs.
 
     Returns:
         The step to start from, and batches of label maps (16, H, W) of the training split.
     """
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(config["seed"]))
-    images, maps = zip(*(dataset[i][:2] for i in order[: config["data"]["calibration_images"]].tolist()))
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(settings.seed))
+    images, maps = zip(*(dataset[i][:2] for i in order[: settings.data.calibration_images].tolist()))
     maps = [batch.to(trainer.device).long() for batch in torch.stack(maps).split(16)]
-    state = load_checkpoint(source or config["init_from"], trainer.device) if source or config["init_from"] else None
-    if state is None:
+    file = source or settings.init_from
+    if not file:
         trainer.calibrate([batch.to(trainer.device).float() / 127.5 - 1 for batch in torch.stack(images).split(16)])
         return 0, maps
+    state = load_checkpoint(file, trainer.device)
     if len(state["class_names"]) != trainer.num_classes:
-        raise UserError(f"{source or config['init_from']}: trained on {len(state['class_names'])} classes, "
-                        f"the data set has {trainer.num_classes}; choose the data set it was trained on")
+        raise UserError(f"{file}: trained on {len(state['class_names'])} classes, the data set has {trainer.num_classes}; "
+                        f"choose the data set it was trained on")
     try:
         trainer.load_state_dict(state, optimizers=bool(source))
     except (RuntimeError, KeyError, ValueError) as error:
-        raise UserError(f"{source or config['init_from']}: its networks differ from those configured "
-                        f"({' '.join(str(error).split())[:200]}); use the configuration it was trained with") from error
-    if source and state["step"] > config["train"]["steps"]:
-        raise UserError(f"{source}: has reached step {state['step']}; raise train.steps (now {config['train']['steps']})")
+        raise UserError(f"{file}: its networks differ from those configured ({' '.join(str(error).split())[:200]}); use "
+                        f"the configuration it was trained with") from error
+    if source and state["step"] > settings.train.steps:
+        raise UserError(f"{source}: has reached step {state['step']}; raise train.steps (now {settings.train.steps})")
     return state["step"] if source else 0, maps
 
 
-def main(config: dict, resume: bool) -> None:
+def main(settings: Settings, resume: bool) -> None:
     rank, world_size, device = setup_distributed()
-    train, seed, run = config["train"], config["seed"], Path("runs") / config["name"]
-    source = from_first_process(lambda: find_checkpoint(run, config, resume))
-    dataset = build_dataset(config["data"], "train", seed, augment=True)
-    held_out = build_dataset(config["data"], "val", seed)
+    train, seed, run = settings.train, settings.seed, Path("runs") / settings.name
+    dataset = build_dataset(settings.data, "train", seed, augment=True)
+    held_out = build_dataset(settings.data, "val", seed)
+    system = system_for(settings, dataset.num_classes)
+    settings = system.settings
+    source = from_first_process(lambda: find_checkpoint(run, settings, resume))
     for part in (dataset, held_out):
         if rank == 0:
             quick_check(part)
         part.broken |= from_first_process(lambda: part.broken)  # named once, not by every process
-    trainer = build_trainer(config, dataset.num_classes, device)
-    check_fit(config, trainer, world_size)
-    first, maps = start_networks(trainer, config, dataset, source)
+    trainer = system.trainer(device)
+    check_fit(settings, trainer, world_size)
+    first, maps = start_networks(trainer, settings, dataset, source)
     cache = run.parent / "cache"  # what the judges know of the real images, shared by all runs
-    segmenter = segmenter_for(config, cache, device, rank)
+    segmenter = segmenter_for(settings, cache, device, rank)
     if rank == 0:
-        make_run(run, config)
+        make_run(run, settings)
 
     stop = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: stop.append(number))
-    sampler = StepSampler(len(dataset), train["batch_size"], range(first, train["steps"]), seed, rank, world_size)
-    loader = DataLoader(dataset, batch_sampler=sampler, num_workers=config["data"]["workers"],
+    sampler = StepSampler(len(dataset), train.batch_size, range(first, train.steps), seed, rank, world_size)
+    loader = DataLoader(dataset, batch_sampler=sampler, num_workers=settings.data.workers,
                         pin_memory=device.type == "cuda", worker_init_fn=leave_signals_to_parent)
-    due = lambda every, step: step == train["steps"] or bool(every) and step % every == 0
-    recorder = Recorder(run, first, config) if rank == 0 else None
+    due = lambda every, step: step == train.steps or bool(every) and step % every == 0
+    recorder = Recorder(run, first, settings.eval.metric) if rank == 0 else None
 
     def evaluate(step: int) -> None:
         """Of the checkpoint just saved; best.pt comes before the record, which says that both are there."""
-        metrics = evaluate_generator(sampler_for(trainer.ema, config, rank == 0), held_out, config["eval"], device, cache,
-                                     segmenter, seed, rank, world_size, config["data"]["workers"])
+        metrics = evaluate_generator(system.sampler(trainer.ema), held_out, settings.eval, device, cache, segmenter, seed,
+                                     rank, world_size, settings.data.workers)
         if rank == 0:
-            if recorder.is_best(metrics):
+            if recorder.score(metrics) < recorder.best:
                 copy_checkpoint(run / "checkpoints" / "latest.pt", run / "checkpoints" / "best.pt")
-            recorder.evaluation(step, metrics)
+            recorder.evaluation({"step": step, **metrics})
 
-    if source and due(train["eval_every"], first) and from_first_process(lambda: recorder.evaluated < first):
+    if source and due(train.eval_every, first) and from_first_process(lambda: recorder.latest["step"] < first):
         evaluate(first)  # the run ended after its save
     pending, since = [], time.time()
-    bar = tqdm(loader, initial=first, total=train["steps"], disable=rank != 0, unit="step", dynamic_ncols=True)
+    bar = tqdm(loader, initial=first, total=train.steps, disable=rank != 0, unit="step", dynamic_ncols=True)
     for step, batch in enumerate(bar, first + 1):
         image, label_map, *instances = (t.to(device, non_blocking=True) for t in batch)
         pending.append((step, trainer.step(image, label_map, step - 1, list(sampler.places), *instances)))
-        stopping = stop_requested(bool(stop))
-        logging, evaluating = due(train["log_every"], step), due(train["eval_every"], step)
-        saving = due(train["save_every"], step) or evaluating or stopping
+        stopping = any_process(bool(stop))
+        logging, evaluating = due(train.log_every, step), due(train.eval_every, step)
+        saving = due(train.save_every, step) or evaluating or stopping
         if logging or saving:
-            numbers = collect(pending)
-            check_finite(numbers, run, trainer.rates)
+            values = read_losses(pending, run, trainer)
             if rank == 0 and logging:
-                values = {name: value for _, losses in numbers for name, value in losses.items()}
-                recorder.log({"step": step, **values,
-                              "images_per_second": len(pending) * train["batch_size"] / (time.time() - since),
-                              **{name: train[name] for name in trainer.rates},
-                              "peak_memory_gib": peak_memory(device),
-                              **({"broken_pairs": dataset.num_broken} if config["data"]["skip_broken"] else {})})
+                speed = len(pending) * train.batch_size / (time.time() - since)
+                broken = {"broken_pairs": dataset.num_broken} if settings.data.skip_broken else {}
+                recorder.write("log.jsonl", {"step": step, **values, "images_per_second": speed, **broken,
+                                             **dict(trainer.rates.values()), "peak_memory_gib": peak_memory(device)})
                 bar.set_postfix({name: f"{value:.3f}" for name, value in values.items()}, refresh=False)
             pending, since = [], time.time()
-        sampling = due(train["sample_every"], step)
+        sampling = due(train.sample_every, step)
         if sampling or saving:
             trainer.refresh(maps)
         if rank == 0 and sampling:
             write_samples(run / "samples" / f"{step:07d}.png", trainer, held_out)
         if rank == 0 and saving:
-            save(run, step, config, dataset, trainer)
+            save(run, step, settings, dataset, trainer)
         if evaluating and not stopping:
             evaluate(step)
         since = time.time() if saving else since
@@ -267,40 +237,49 @@ def main(config: dict, resume: bool) -> None:
     else:
         bar.close()
         if rank == 0:
-            print(summary(recorder.latest))
+            print("\n".join(f"{name:32} {value:.4g}" for name, value in recorder.latest.items()
+                            if isinstance(value, (int, float))))
             print(f"samples: {sorted((run / 'samples').glob('*.png'))[-1]}\ncheckpoint: {run}/checkpoints/latest.pt")
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def save(run: Path, step: int, config: dict, dataset, trainer) -> None:
+def save(run: Path, step: int, settings: Settings, dataset: LabeledImages, trainer: Trainer) -> None:
     """Write checkpoints/latest.pt and give it the second name STEP.pt; drop the oldest beyond train.keep."""
     folder = run / "checkpoints"
-    form = dataset.form
-    save_checkpoint({"config": config, "class_names": form.class_names, "palette": form.palette.tolist(),
-                     "ids": form.ids.tolist(), "step": step, **trainer.state_dict()}, folder / "latest.pt")
+    save_checkpoint({"config": settings.model_dump(mode="json"), **label_state(dataset.form), "step": step,
+                     **trainer.state_dict()}, folder / "latest.pt")
     copy_checkpoint(folder / "latest.pt", folder / f"{step:07d}.pt")
-    for old in sorted(folder.glob("[0-9]*.pt"))[: -config["train"]["keep"]]:
+    for old in sorted(folder.glob("[0-9]*.pt"))[: -settings.train.keep]:
         old.unlink()
 
 
 class Recorder:
     """log.jsonl, metrics.jsonl and, where tensorboard is installed, its events; remembers the best evaluation."""
 
-    def __init__(self, run: Path, first: int, config: dict):
-        self.run, self.metric = run, config["eval"]["metric"]
+    def __init__(self, run: Path, first: int, metric: str):
+        self.run, self.metric, self.started = run, metric, time.time()
+        before = {}
         for name in ("log.jsonl", "metrics.jsonl"):
-            drop_lines_after(run / name, first)
-        self.best, self.latest, self.evaluated = math.inf, {}, -1
-        if (run / "metrics.jsonl").exists():
-            for line in (run / "metrics.jsonl").read_text().splitlines():
-                self.latest = json.loads(line)
-                self.best, self.evaluated = min(self.best, self.score(self.latest)), self.latest.pop("step")
+            before[name] = self.lines_until(run / name, first)
+        self.minutes = before["log.jsonl"][-1].get("minutes", 0) if before["log.jsonl"] else 0
+        self.latest = before["metrics.jsonl"][-1] if before["metrics.jsonl"] else {"step": -1}
+        self.best = min(map(self.score, before["metrics.jsonl"]), default=math.inf)
         try:
             from torch.utils.tensorboard import SummaryWriter
             self.events = SummaryWriter(run, purge_step=first)
         except ImportError:
             self.events = None
+
+    @staticmethod
+    def lines_until(path: Path, step: int) -> list[dict]:
+        """The records up to a step. The file is cut behind them: the run ended before it saved what it did then."""
+        if not path.exists():
+            return []
+        kept = list(takewhile(lambda line: line.endswith(b"}\n") and json.loads(line)["step"] <= step,
+                              path.read_bytes().splitlines(keepends=True)))
+        os.truncate(path, sum(map(len, kept)))  # not written anew, so that a kill loses nothing
+        return [json.loads(line) for line in kept]
 
     def score(self, metrics: dict) -> float:
         """The value that picks best.pt, so that lower is better."""
@@ -309,37 +288,18 @@ class Recorder:
             return math.inf
         return -value if higher_is_better(self.metric) else value
 
-    def log(self, record: dict) -> None:
-        append_line(self.run / "log.jsonl", record)
-        self.add_events(record)
-
-    def is_best(self, metrics: dict) -> bool:
-        return self.score(metrics) < self.best
-
-    def evaluation(self, step: int, metrics: dict) -> None:
-        append_line(self.run / "metrics.jsonl", {"step": step, **metrics})
-        self.add_events({"step": step, **metrics})
+    def evaluation(self, metrics: dict) -> None:
         self.latest, self.best = metrics, min(self.best, self.score(metrics))
+        self.write("metrics.jsonl", metrics)
 
-    def add_events(self, record: dict) -> None:
-        for name, value in record.items():
-            if self.events and isinstance(value, (int, float)) and name != "step":
-                self.events.add_scalar(name, value, record["step"])
-
-
-def summary(metrics: dict) -> str:
-    """The metrics that are single numbers, a line each."""
-    return "\n".join(f"{name:32} {value:.4g}" for name, value in metrics.items() if isinstance(value, (int, float)))
-
-
-def peak_memory(device: torch.device) -> float:
-    """Most memory in use so far, GiB: of the device, or of this process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2 ** 30
-    status = Path("/proc/self/status")
-    if status.exists():  # Linux, whose ru_maxrss starts at the parent's peak
-        return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) / 2 ** 20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 30
+    def write(self, name: str, record: dict) -> None:
+        """Add a line, with the minutes that the run has taken in all."""
+        record["minutes"] = self.minutes + (time.time() - self.started) / 60
+        with open(self.run / name, "a") as file:
+            file.write(json.dumps(record) + "\n")
+        for key, value in record.items():
+            if self.events and isinstance(value, (int, float)) and key != "step":
+                self.events.add_scalar(key, value, record["step"])
 
 
 if __name__ == "__main__":
@@ -349,9 +309,7 @@ if __name__ == "__main__":
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
     arguments = parser.parse_intermixed_args()
     try:
-        main(load_config(arguments.config, arguments.overrides), arguments.resume)
-    except UserError as error:
-        sys.exit(f"error: {one_line(error)}")
+        run_script(lambda: main(load_settings(arguments.config, arguments.overrides), arguments.resume))
     except OSError as error:  # of the log or the samples; checkpoints have their own message
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise

@@ -58,11 +58,11 @@ def run(tmp_path):
 @pytest.fixture
 def train(tmp_path, monkeypatch):
     """train.py within this process, in an empty folder: train(config_file, "key=value", ..., resume=False)."""
-    from config import load_config
     import train as script
+    from config import load_settings
     monkeypatch.chdir(tmp_path)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield lambda file, *overrides, resume=False: script.main(load_config(file, list(overrides)), resume)
+    yield lambda file, *overrides, resume=False: script.main(load_settings(file, list(overrides)), resume)
     for number, handler in handlers.items():
         signal.signal(number, handler)
 
@@ -81,6 +81,13 @@ def folder_data(tmp_path) -> Path:
             label[label == 3] = 255
             Image.fromarray(label).save(tmp_path / "data" / split / "labels" / f"{i}.png")
     return tmp_path / "data"
+
+
+def trainer_of(given: dict, num_classes: int = 12):
+    """What trains a model of these settings on a CPU."""
+    from config import check_settings
+    from systems import system_for
+    return system_for(check_settings(given, "tiny"), num_classes).trainer(torch.device("cpu"))
 
 
 def error_line(result: subprocess.CompletedProcess) -> str:

@@ -2,15 +2,15 @@
 
 import json
 import shutil
+import sys
 
-import numpy as np
 import pytest
 import yaml
+from conftest import TINY, error_line
 from PIL import Image
 
-from conftest import TINY, error_line
-from config import UserError
-from evaluate import image_samples, paired_folders
+from config import UserError, check_settings
+from evaluate import main, open_folders
 
 
 @pytest.fixture
@@ -24,13 +24,9 @@ def folders(tmp_path, folder_data):
     return tmp_path
 
 
-def arguments(folders, images="images"):
-    return ["--images", folders / images, "--labels", folders / "labels", "--real", folders / "real",
-            "--config", folders / "config.yaml", "--out", folders / "metrics.json"]
-
-
 def test_real_images_against_themselves(folders, run):
-    result = run("evaluate.py", *arguments(folders, "real"), processes=2)
+    result = run("evaluate.py", "--images", "real", "--labels", "labels", "--real", "real", "--config", "config.yaml",
+                 processes=2)
     assert result.returncode == 0, result.stderr
     metrics = json.loads((folders / "metrics.json").read_text())
     assert metrics["num_images"] == 6
@@ -43,54 +39,58 @@ def test_real_images_against_themselves(folders, run):
 
 
 def test_checkpoint(tiny_config, train, run, tmp_path):
-    train(tiny_config, "eval.features=stlpips_alex", "eval.metric=fd_stlpips_alex", "train.steps=1", "eval.segmenter_steps=2")
+    train(tiny_config, "eval.features=stlpips_alex", "eval.metric=fd_stlpips_alex", "eval.segmenter_steps=2",
+          "train.steps=1")
     checkpoint = tmp_path / "runs" / "tiny" / "checkpoints" / "latest.pt"
     result = run("evaluate.py", "--checkpoint", checkpoint, "eval.num_images=5", "eval.diversity_samples=3")
     assert result.returncode == 0, result.stderr
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["num_images"] == 5 and metrics["stlpips_alex_diversity"] >= 0
     assert metrics["protocol"]["diversity"]["samples"] == 3 and metrics["protocol"]["source"]["step"] == 1
-    assert "did you mean eval.num_images" in error_line(run("evaluate.py", "--checkpoint", checkpoint, "eval.num_image=5"))
 
 
-def test_refuses_in_one_line(folders, run):
+def test_refuses_in_one_line(run, monkeypatch):
     assert "no such checkpoint" in error_line(run("evaluate.py", "--checkpoint", "absent.pt"))
-    assert "either --checkpoint" in error_line(run("evaluate.py", "--images", "here"))
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--images", "here"])
+    with pytest.raises(UserError, match="either --checkpoint"):
+        main()
 
 
-def prepared(folders, images):
-    config = {"seed": 0, "data": {"name": "folder", "size": [40, 48], "classes": 3, "void": 255, "palette": None}}
-    dataset, names = paired_folders(folders / "labels", folders / "real", config)
-    return image_samples(folders / images, names, folders / "labels", config)
+def opened(folders, images):
+    data = {"name": "folder", "size": [40, 48], "classes": 3, "void": 255}
+    settings = check_settings({"data": data}, "test")
+    return open_folders(folders / images, folders / "labels", folders / "real", settings.data)
 
 
 def test_several_samples_of_a_label_map(folders):
     (folders / "images").mkdir()
-    for name in range(6):
-        for k in range(2):
-            Image.new("RGB", (48, 40)).save(folders / "images" / f"{name}_{k}.png")
-    samples = prepared(folders, "images")
+    for name in (*(f"{i}_{k}" for i in range(6) for k in range(2)), "grid"):  # as sample.py --num 2 --grid
+        Image.new("RGB", (48, 40)).save(folders / "images" / f"{name}.png")
+    dataset, samples = opened(folders, "images")
     assert [path.name for path in samples[4]] == ["4_0.png", "4_1.png"]
+    assert [path.name for path in dataset.pairs[4]] == ["4.png", "4.png"]
     (folders / "images" / "4_1.png").unlink()
-    with pytest.raises(UserError, match="1 samples of 4, but 2 of 0"):
-        prepared(folders, "images")
+    with pytest.raises(UserError, match="4.png: 1 such images, not 2"):
+        opened(folders, "images")
 
 
 def test_wrong_folders_are_named(folders):
-    images = folders / "images"
-    cases = [("3.png missing", lambda: (images / "3.png").unlink(), "3.png: missing .6 label maps"),
-             ("one too many", lambda: Image.new("RGB", (48, 40)).save(images / "more.png"), "more.png: no label map of that name"),
-             ("wrong size", lambda: Image.new("RGB", (8, 6)).save(images / "2.png"), r"2.png: 8 x 6, .* data.size=\[6,8\]"),
-             ("not an image", lambda: (images / "2.png").write_text("x"), "2.png"),
-             ("no real image", lambda: (folders / "real" / "5.png").unlink(), "5.png: no file of that name in"),
-             ("empty", lambda: [path.unlink() for path in images.iterdir()], "images: no images in it"),
-             ("no folder", lambda: shutil.rmtree(images), "images: no such folder")]
-    for _, spoil, message in cases:
+    images, real = folders / "images", folders / "real" / "5.png"
+    blank = Image.new("RGB", (8, 6))
+    for spoil, message in [
+            (lambda: (images / "3.png").unlink(), "images/3.png: 0 such images, not 1; .* 6 label maps"),
+            (lambda: blank.save(images / "more.png"), "more.png: no label map of that name"),
+            (lambda: blank.save(images / "2.png"), r"2.png: 8 x 6, .* data.size=\[6,8\]"),
+            (lambda: (images / "2.png").write_text("x"), "2.png"),
+            (lambda: real.unlink(), "real/5.png: 0 such images"),
+            (lambda: shutil.copy(images / "5.png", images / "5.jpg"), "5.png: a second file of the name"),
+            (lambda: [path.unlink() for path in images.iterdir()], "images: no such folder, or no images"),
+            (lambda: shutil.rmtree(images), "images: no such folder")]:
         shutil.rmtree(images, ignore_errors=True)
         shutil.copytree(folders / "real", images)
-        backup = np.array(Image.open(folders / "real" / "5.png"))
+        backup = real.read_bytes()
         spoil()
         with pytest.raises(UserError, match=message) as error:
-            prepared(folders, "images")
+            opened(folders, "images")
         assert "\n" not in str(error.value)
-        Image.fromarray(backup).save(folders / "real" / "5.png")
+        real.write_bytes(backup)

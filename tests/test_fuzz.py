@@ -22,13 +22,13 @@ from PIL import Image
 import labels
 import scenes
 from checkpoint import load_checkpoint, load_generator, read_official
-from config import UserError, check_config, load_config
-from data import read_image, read_instance_map
-from gan import build_network
+from config import UserError, check_settings, load_settings
+from dataset import read_image, read_instance_map
 from sample import read_maps
+from systems import system_for
 
-CONFIG = check_config({**TINY, "generator": {"channels": [4, 4], "z_dim": 4, "style_dim": 4, "num_tokens": 2}}, "tiny")
-FORM = labels.label_format(CONFIG["data"])
+SETTINGS = check_settings({**TINY, "generator": {"channels": [4, 4], "z_dim": 4, "style_dim": 4, "num_tokens": 2}}, "tiny")
+FORM = labels.label_format(SETTINGS.data)
 ODD = ["!!python/object/apply:os.system ['touch executed']", "!!python/name:os.system", "!!int ''", "!!timestamp x",
        "2001-99-99", "!!bool x", "!!float x", "!!set [1]", "&a [*a]", "*nothing", "9" * 5000, "1" + "0" * 400, ".nan", "-.inf",
        "-1", "0", "1e999", "0x", "0b2", "1:99:99", "{}", "[]", "[[]]", "{a: b", "null", "''", '"\\0"', "'\\ud800'", "\t", "\x07",
@@ -123,12 +123,12 @@ def stored(state) -> bytes:
 
 
 def checkpoint() -> bytes:
-    return stored({**STATE, "step": 3, "ema": build_network("generator", CONFIG, FORM.num_classes).state_dict()})
+    return stored({**STATE, "step": 3, "ema": system_for(SETTINGS, FORM.num_classes).build().state_dict()})
 
 
 IMAGE, LABEL = scenes.render("val", 0, (24, 32))
-COLORS = labels.colorize(LABEL, FORM.palette)
-STATE = {"config": CONFIG, "class_names": FORM.class_names, "palette": FORM.palette.tolist(), "ids": FORM.ids.tolist()}
+COLORS = FORM.palette[LABEL]
+STATE = {"config": SETTINGS.model_dump(mode="json"), "class_names": FORM.class_names, "palette": FORM.palette.tolist(), "ids": FORM.ids.tolist()}
 FOLDER = b"""data:
   name: folder
   root: here
@@ -145,7 +145,7 @@ train:
 """
 KINDS = {  # what is mutated -> (files, mutation, reader)
     "label png": (lambda: [picture(LABEL, "PNG", "L"), picture(LABEL, "PNG", "P"), picture(COLORS, "PNG", "RGB"), picture(COLORS, "PNG", "RGBA")],
-                  png, lambda path: read_maps(path, STATE, None)),
+                  png, lambda path: read_maps(path, STATE, (32, 32))),
     "instance png": (lambda: [picture(LABEL, "PNG", "L")], png, lambda path: read_instance_map(path, (8, 8))),
     "image": (lambda: [picture(IMAGE, "JPEG", "RGB", progressive=progressive) for progressive in (False, True)] +
               [picture(IMAGE, format, "RGB") for format in ("WEBP", "BMP", "TIFF")] +
@@ -153,10 +153,10 @@ KINDS = {  # what is mutated -> (files, mutation, reader)
               some_bytes, lambda path: read_image(path, (16, 16))),
     "image png": (lambda: [picture(IMAGE, "PNG", mode) for mode in ("RGB", "P", "LA")], png, lambda path: read_image(path, (16, 16))),
     "config": (lambda: [FOLDER, (ROOT / "config.yaml").read_bytes(), (ROOT / "configs/camvid.yaml").read_bytes()],
-               yaml_text, lambda path: labels.label_format(load_config(path)["data"])),
+               yaml_text, lambda path: labels.label_format(load_settings(path).data)),
     "class table": (lambda: [(ROOT / "classes/cityscapes.csv").read_bytes()], table_text, labels.read_class_table),
     "checkpoint": (lambda: [checkpoint()], some_bytes, load_generator),
-    "checkpoint's pickle": (lambda: [checkpoint()], inner_pickle, lambda path: check_config(load_checkpoint(path)["config"], str(path))),
+    "checkpoint's pickle": (lambda: [checkpoint()], inner_pickle, lambda path: check_settings(load_checkpoint(path)["config"], str(path))),
     "official checkpoint": (lambda: [stored({"a": torch.ones(3), "b": torch.zeros(2, 2)})], inner_pickle, read_official),
 }
 
@@ -208,7 +208,7 @@ def test_programs_are_not_executed(tmp_path, monkeypatch, write):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "program"
     write(path)
-    for read in (load_checkpoint, read_official, read_image, lambda path: read_maps(path, STATE, None)):
+    for read in (load_checkpoint, read_official, read_image, lambda path: read_maps(path, STATE, (32, 32))):
         with pytest.raises(UserError, match="program: "):
             read(path)
     assert [file.name for file in tmp_path.iterdir()] == ["program"]
@@ -225,5 +225,5 @@ def test_yaml_that_stands_for_gigabytes(tmp_path, key):
     path = tmp_path / "bomb.yaml"
     path.write_text(f"{section}: {{{before}{last}: {nested}}}" if dot else f"{last}: {nested}")
     with pytest.raises(UserError, match=f"{key} is |{key}: ") as error:
-        labels.label_format(load_config(path)["data"])
+        labels.label_format(load_settings(path).data)
     assert len(str(error.value)) < 1000

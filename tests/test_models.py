@@ -2,7 +2,6 @@ import pytest
 import torch
 
 from backbones import Backbone
-from gan import compile_networks
 from models import Discriminator, Generator
 
 SMALL = dict(channels=(8, 16, 16), z_dim=8, style_dim=16, num_tokens=4, attention_scales=1)
@@ -120,16 +119,18 @@ def test_conditioning_modes():
 
 @pytest.mark.parametrize("name", ["tf_efficientnet_lite0", "convnext_atto", "swin_tiny_patch4_window7_224"])
 def test_bfloat16_weights_give_nearly_the_same_features(name):
-    """Half the bytes in convolutions and linear layers; the gradient with respect to the image stays float32."""
+    """Half the bytes in convolutions and linear layers, and no further from float32 than PyTorch's own autocast of it, which
+    rounds at the same places; the gradient with respect to the image stays float32."""
     image = (torch.rand(2, 3, 64, 64) * 2 - 1).requires_grad_()
     exact, half = (Backbone(name, name.startswith("tf"), bf16=bf16) for bf16 in (False, True))
     exact.calibrate([image])
     half.load_statistics(exact.statistics())
     size = lambda backbone: sum(p.numel() * p.element_size() for p in backbone.network.parameters())
     assert size(half) < 0.6 * size(exact)
-    for a, b in zip(exact(image), half(image)):
-        assert not torch.equal(a, b.float())
-        assert (a - b).abs().mean() < 0.02  # of values in [0, 1]
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = exact(image)
+    for a, b, reference in zip(exact(image), half(image), rounded):
+        assert 0 < (a - b).abs().mean() < 1.5 * (a - reference).abs().mean()
     sum(f.sum() for f in half(image)).backward()
     assert image.grad.dtype == torch.float32 and image.grad.abs().max() > 0
 
@@ -142,13 +143,3 @@ def test_spectral_norm_bounds_every_convolution_of_the_discriminator(backbone):
     assert convolutions
     for convolution in convolutions:
         assert torch.linalg.matrix_norm(convolution.weight.flatten(1), 2) < 1.05
-
-
-def test_without_a_compiler_training_goes_on_and_says_so(monkeypatch, capsys):
-    def fail(*_):
-        raise RuntimeError("no compiler\nmore about it")
-    monkeypatch.setattr(torch, "compile", fail)
-    network = torch.nn.Linear(2, 2)
-    compile_networks([network], torch.device("cpu"))
-    assert capsys.readouterr().out.strip().endswith("going on without it (no compiler)")
-    assert network(torch.ones(1, 2)).shape == (1, 2)

@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from config import UserError
 from sdm import SDMUNet, SPADE, instance_edges, timestep_embedding
 
 TINY = dict(num_classes=3, base_channels=32, multipliers=(1, 2), num_res_blocks=1, attention_strides=(2,),
@@ -160,12 +159,12 @@ def test_official_state_dict_gives_the_reference_output(instances: bool):
 def test_load_official_refuses_what_does_not_fit():
     state, unet = official_state_dict(), SDMUNet(**TINY)
     before = {name: parameter.clone() for name, parameter in unet.state_dict().items()}
-    with pytest.raises(UserError, match="model.pt.*1 unknown.*ghost"):
+    with pytest.raises(ValueError, match="model.pt.*1 unknown.*ghost"):
         unet.load_official({**state, "ghost": torch.zeros(1)}, "model.pt")
     del state["out.2.bias"]
-    with pytest.raises(UserError, match="1 keys missing.*out.2.bias"):
+    with pytest.raises(ValueError, match="1 keys missing.*out.2.bias"):
         unet.load_official(state)
-    with pytest.raises(UserError, match="4 label channels, this network 20: check num_classes"):
+    with pytest.raises(ValueError, match=r"shape \(128, 4, 3, 3\), not \(128, 20, 3, 3\); check num_classes"):
         SDMUNet(**{**TINY, "num_classes": 19}).load_official(official_state_dict())
     for name, parameter in unet.state_dict().items():
         assert torch.equal(parameter, before[name])
@@ -182,7 +181,8 @@ def test_label_channels_by_hand():
     expected = torch.tensor([[[1.0, 0], [0, 0]], [[0, 0], [0, 1]], [[0, 1], [0, 0]], [[0, 0], [1, 0]]])
     with torch.device("meta"):
         unet, without_void = SDMUNet(**TINY), SDMUNet(**TINY, void_channel="none")
-        with_edges, void_first = SDMUNet(**TINY, instance_edges=True), SDMUNet(**TINY, void_channel="first", instance_edges=True)
+        with_edges = SDMUNet(**TINY, instance_edges=True)
+        void_first = SDMUNet(**TINY, void_channel="first", instance_edges=True)
     assert torch.equal(unet.semantics(label_map)[0], expected)
     assert torch.equal(without_void.semantics(label_map)[0], expected[:3])
     assert torch.equal(with_edges.semantics(label_map)[0, 4], torch.ones(2, 2))  # every pixel has another neighbor
@@ -201,10 +201,9 @@ def test_instance_edges_by_hand():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("size", [(8, 8), (2, 12)])
-def test_label_features_computed_once_give_the_same_output(size):
-    unet, label_map = tiny_unet(), torch.randint(0, 4, (2, *size))
-    noisy, t = torch.randn(2, 3, *size), torch.tensor([5, 900])
+def test_label_features_computed_once_give_the_same_output():
+    unet, label_map = tiny_unet(), torch.randint(0, 4, (2, 8, 12))
+    noisy, t = torch.randn(2, 3, 8, 12), torch.tensor([5, 900])
     with_labels = unet(noisy, t, label_map)
     without = unet(noisy, t, label_map, dropped=torch.tensor([True, True]))
     assert (with_labels - without).abs().max() > 1e-3
@@ -243,13 +242,13 @@ def test_autocast_leaves_the_output_in_float32():
 
 
 def test_sizes_that_do_not_fit_are_refused():
-    with pytest.raises(UserError, match="48 .* is 48: make it a multiple of 32"):
+    with pytest.raises(ValueError, match="48 .* is 48: make it a multiple of 32"):
         SDMUNet(3, base_channels=48, multipliers=(1, 2))
-    with pytest.raises(UserError, match="void_channel 'third': choose one of last, first, none"):
+    with pytest.raises(ValueError, match="void_channel 'third': choose one of last, first, none"):
         SDMUNet(**TINY, void_channel="third")
-    with pytest.raises(UserError, match="head_channels 48 does not divide the 64 channels"):
+    with pytest.raises(ValueError, match="head_channels 48 does not divide the 64 channels"):
         SDMUNet(**{**TINY, "head_channels": 48})
-    with pytest.raises(UserError, match="multiples of 2"):
+    with pytest.raises(ValueError, match="multiples of 2"):
         tiny_unet()(torch.zeros(1, 3, 7, 8), torch.zeros(1), torch.zeros(1, 7, 8, dtype=torch.int64))
 
 

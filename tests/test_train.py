@@ -9,12 +9,9 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import ROOT, TINY, error_line
+from conftest import ROOT
 
-import data
-from backbones import Backbone
-from config import UserError, check_config
-from gan import GAN, build_network
+from config import UserError
 from train import StepSampler
 
 
@@ -64,7 +61,8 @@ def test_run_folder_and_exact_resume(train, tiny_config, tmp_path):
     assert all(torch.equal(tuned["generator"][k], states[0]["generator"][k]) for k in tuned["generator"])
 
 
-@pytest.mark.parametrize("processes, accumulation, diversity, tolerance", [(2, 1, 0, 1e-4), (0, 2, 0, 1e-4), (2, 1, 2, 0.02)])
+@pytest.mark.parametrize("processes, accumulation, diversity, tolerance",
+                         [(2, 1, 0, 1e-4), (0, 2, 0, 1e-4), (2, 1, 2, 0.02)])
 def test_shared_batch_gives_the_gradient_of_the_whole(run, train, tiny_config, tmp_path, processes, accumulation, diversity,
                                                       tolerance):
     """Two processes, or two rounds, of 4 images against one of 8. Adam's first moment is the gradient itself, as its
@@ -109,36 +107,6 @@ def test_non_finite_loss_stops_with_its_name_and_keeps_the_last_checkpoint(train
     assert state["step"] == 2 and all(v.isfinite().all() for v in state["ema"].values() if v.is_floating_point())
 
 
-@pytest.mark.parametrize("overrides, named", [
-    (["train.step=5"], ["train.step", "train.steps"]),
-    (["trian.steps=5"], ["trian", "train"]),
-    (["train.steps=many"], ["train.steps", "many", "int"]),
-    (["data.size=64"], ["data.size", "64"]),
-    (["generator.name=biggan"], ["biggan", "dp_sims"]),
-    (["generator.channel=3"], ["generator.channel", "generator.channels"]),
-    (["backbone.conditioning=some"], ["some", "normalize"]),
-    (["backbone.name=resnet5000"], ["resnet5000"]),
-    (["backbone.weights=nowhere.pth"], ["nowhere.pth"]),
-    (["data.size=[30, 32]"], ["data.size", "4"]),
-    (["data.name=folder"], ["data."]),
-    (["init_from=nowhere.pt"], ["nowhere.pt"]),
-    (["eval.metric=fdd"], ["eval.metric", "fdd"]),
-    (["train.batch_size=3", "train.accumulation=2"], ["train.batch_size", "3"]),
-])
-def test_bad_configuration_is_one_line_before_training(train, tiny_config, tmp_path, overrides, named):
-    with pytest.raises(UserError) as error:
-        train(tiny_config, *overrides)
-    line = str(error.value)
-    assert all(part in line for part in named) and "\n" not in line, line
-    assert not (tmp_path / "runs").exists()
-
-
-def test_errors_are_one_line_on_the_command_line(run, tiny_config):
-    line = error_line(run("train.py", "--config", tiny_config, "train.step=5"))
-    assert "train.step" in line and "train.steps" in line
-    assert "nowhere.yaml" in error_line(run("train.py", "--config", "nowhere.yaml"))
-
-
 def test_checkpoint_of_another_class_count(train, tiny_config, tmp_path, folder_data):
     train(tiny_config, "name=scenes", "train.steps=1")
     with pytest.raises(UserError, match="latest.pt.* 12 classes.* 3;"):
@@ -153,112 +121,6 @@ def test_folder_data_set_with_a_bad_label_stops_before_training(train, tiny_conf
         train(tiny_config, *options)
     assert not (tmp_path / "runs").exists()
     train(tiny_config, *options, "data.void=255")
-
-
-def test_overfits_one_batch():
-    """Trained on four scenes alone, the generator comes to paint them: per-pixel error well below that of class means."""
-    config = check_config({**TINY, "loss": {"diversity": 0, "contrastive": 0, "perceptual": 10.0},
-                           "train": {"batch_size": 4, "lr_generator": 2e-3, "lr_discriminator": 2e-3, "ema": 0.9}}, "tiny")
-    dataset = data.build_dataset(config["data"], "train")
-    gan = GAN(config, dataset.num_classes, torch.device("cpu"))
-    image, label_map = (torch.stack(column) for column in zip(*(dataset[i] for i in range(4))))
-    real = image.float() / 127.5 - 1
-    gan.calibrate([real])
-    with torch.no_grad():
-        error = lambda: (gan.ema(label_map.long(), torch.zeros(4, 8)) - real).abs().mean().item()
-        before = error()
-    first = [gan.step(image, label_map, step, [0, 1, 2, 3]) for step in range(150)][0]
-    last = gan.step(image, label_map, 150, [0, 1, 2, 3])
-    with torch.no_grad():
-        after = error()
-    assert last["g_perceptual"] < 0.7 * first["g_perceptual"]
-    assert after < 0.6 * before, (before, after)
-
-
-def test_generator_learns_from_the_discriminator_and_the_backbone_does_not():
-    config = check_config(TINY, "tiny")
-    dataset = data.build_dataset(config["data"], "train")
-    gan = GAN(config, dataset.num_classes, torch.device("cpu"))
-    image, label_map = (torch.stack(column) for column in zip(*(dataset[i] for i in range(4))))
-    gan.calibrate([image.float() / 127.5 - 1])
-    forwards = {"generator": 0, "backbone": 0, "discriminator": 0}
-    for name in forwards:
-        getattr(gan, name).register_forward_hook(lambda *_, name=name: forwards.__setitem__(name, forwards[name] + 1))
-    frozen = {k: v.clone() for k, v in gan.backbone.state_dict().items()}
-    before = [p.clone() for p in gan.generator.parameters()]
-    gan.step(image, label_map, 0, [0, 1, 2, 3])
-    assert forwards == {"generator": 1, "backbone": 2, "discriminator": 2}  # nothing is computed twice
-    moved = [not torch.equal(a, b) for a, b in zip(before, gan.generator.parameters())]
-    assert all(moved), [n for (n, _), m in zip(gan.generator.named_parameters(), moved) if not m]
-    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in gan.d_parameters)
-    assert all(torch.equal(v, frozen[k]) for k, v in gan.backbone.state_dict().items())
-
-
-BFLOAT16 = torch.autocast
-
-
-@pytest.mark.parametrize("changed", [
-    {}, {"loss": {"diversity": 0, "perceptual": 1.0, "labelmix": 1.0}}, {"generator": {**TINY["generator"], "noise": "concat"}},
-    {"generator": {"name": "oasis", "channels": 2}, "discriminator": {"name": "oasis", "channels": 2},
-     "data": {**TINY["data"], "size": [64, 64]}}])
-def test_a_step_under_autocast_is_close_to_float32(monkeypatch, changed):
-    """The types that meet on a GPU, on a CPU."""
-    config = check_config({**TINY, **changed}, "tiny")
-    height, width = config["data"]["size"]
-    image = torch.randint(0, 256, (4, 3, height, width), dtype=torch.uint8)
-    label_map = torch.randint(0, 13, (4, height, width), dtype=torch.uint8)
-    values = []
-    for half in (False, True):
-        trainer = GAN(config, 12, torch.device("cpu"))
-        trainer.calibrate([image.float() / 127.5 - 1])
-        if half:
-            trainer.backbone = Backbone("tf_efficientnet_lite0", bf16=True)
-            trainer.calibrate([image.float() / 127.5 - 1])
-            monkeypatch.setattr(torch, "autocast", lambda kind, dtype=None, enabled=True: BFLOAT16(
-                kind, torch.bfloat16, enabled=dtype is not None or enabled))
-        values.append(trainer.step(image, label_map, 0, [0, 1, 2, 3]))
-    assert values[0].keys() == values[1].keys() and len(values[0]) >= 3
-    for name, value in values[0].items():
-        assert values[1][name].float() == pytest.approx(value.item(), rel=0.1, abs=0.02), name
-    assert any(values[1][name].float() != value for name, value in values[0].items())
-
-
-@pytest.mark.slow
-def test_compiled_networks_train_like_the_others(capsys):
-    """One step: the losses of both networks go back through one compiled graph."""
-    dataset = data.build_dataset(check_config(TINY, "tiny")["data"], "train")
-    image, label_map = (torch.stack(column) for column in zip(*(dataset[i] for i in range(4))))
-    values, gradients = [], []
-    for compiled in (False, True):
-        config = check_config({**TINY, "train": {"compile": compiled}}, "tiny")
-        trainer = GAN(config, dataset.num_classes, torch.device("cpu"))
-        trainer.calibrate([image.float() / 127.5 - 1])
-        values.append(trainer.step(image, label_map, 0, [0, 1, 2, 3]))
-        gradients.append(torch.cat([p.grad.flatten() for p in trainer.g_parameters + trainer.d_parameters]))
-    assert "going on without it" not in capsys.readouterr().out  # wants a C++ compiler
-    for name, value in values[0].items():
-        assert values[1][name].item() == pytest.approx(value.item(), rel=1e-3), name
-    assert torch.cosine_similarity(*gradients, dim=0) > 0.999
-
-
-@pytest.mark.parametrize("section, key, value", [
-    ("train", "steps", 0), ("train", "betas", ["a", 0.9]), ("train", "betas", [0, 1]), ("train", "ema", 1.0),
-    ("train", "lr_generator", -1.0), ("eval", "batch_size", 0), ("eval", "diversity_maps", 0), ("eval", "num_images", -5),
-    ("data", "workers", -1), ("data", "calibration_images", 0), ("backbone", "input_scale", 0.0),
-    ("backbone", "input_scale", 0.01), ("data", "load_scale", float("inf")), ("generator", "num_tokens", 0),
-    ("discriminator", "channels", 0), ("loss", "contrastive_scales", 0),
-    ("loss", "diversity_margin", ["a", "b", "c"]), ("loss", "contrastive_patches", 0)])
-def test_values_that_cannot_work_are_refused(section, key, value):
-    with pytest.raises(UserError, match=rf"^mine.yaml: {section}\.{key} is .*; "):
-        check_config({section: {key: value}}, "mine.yaml")
-
-
-@pytest.mark.parametrize("arguments, message", [
-    ({"noise": "crossattention"}, "generator.noise"), ({"channels": []}, "generator.channels"),
-    ({"channels": ["a"]}, "generator.channels"), ({"channels": [200, 200], "attention_scales": 1}, "multiple of 64")])
-def test_networks_refuse_what_they_cannot_be(arguments, message):
-    with pytest.raises(UserError, match=message):
-        build_network("generator", check_config({"generator": arguments}, "mine.yaml"), 12)
 
 
 def test_a_resumed_run_may_name_another_judge(train, tiny_config, tmp_path):

@@ -1,8 +1,10 @@
-"""OASIS in the harness: every generator with every discriminator, the official training step, official checkpoints."""
+"""The table of systems: one of a stranger's, every generator with every discriminator, OASIS in the scripts."""
 
+import argparse
 import copy
 import itertools
 import json
+import sys
 from zlib import crc32
 
 import numpy as np
@@ -10,14 +12,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from conftest import TINY, error_line
+from conftest import TINY, error_line, trainer_of
 from PIL import Image
 
-import data
+import evaluate
+import losses
 import oasis
+import sample
 import scenes
-from config import check_config
-from gan import GAN, noise
+import systems
+from config import UserError, check_settings
+from dataset import build_dataset
+from interface import noise
 
 GENERATORS = {"dp_sims": TINY["generator"], "oasis": {"name": "oasis", "channels": 2, "z_dim": 8}}
 DISCRIMINATORS = {"backbone": TINY["discriminator"], "oasis": {"name": "oasis", "channels": 2}}
@@ -27,19 +33,117 @@ OASIS = {**TINY, "data": {**TINY["data"], "size": [64, 64]}, "generator": GENERA
          "train": {**TINY["train"], "fresh_fakes": True, "betas": [0.0, 0.999]}}
 
 
-def batch(config):
-    dataset = data.build_dataset(config["data"], "train")
+def batch(given):
+    dataset = build_dataset(check_settings(given, "tiny").data, "train")
     return dataset, *(torch.stack(column) for column in zip(*(dataset[i] for i in range(2))))
+
+
+TOY = '''
+import copy
+import torch
+from torch.nn.functional import mse_loss
+from interface import System, Trainer
+
+
+class Painter(torch.nn.Module):
+    """Paints each class in a color that it learns."""
+    def __init__(self, num_classes):
+        super().__init__()
+        self.num_classes, self.colors = num_classes, torch.nn.Embedding(num_classes + 1, 3)
+
+    def forward(self, label_map):
+        return self.colors(label_map).tanh().permute(0, 3, 1, 2)
+
+
+class ToyTrainer(Trainer):
+    parts = ("generator", "ema", "optimizer")
+
+    def __init__(self, generator, settings, device):
+        self.num_classes, self.device, train = generator.num_classes, device, settings.train
+        self.generator, self.ema = generator.to(device), copy.deepcopy(generator).to(device)
+        self.optimizer = torch.optim.Adam(generator.parameters(), train.lr_generator)
+        self.rates = {"optimizer": ("lr_generator", train.lr_generator)}
+
+    def step(self, image, label_map, step, samples):
+        loss = mse_loss(self.generator(label_map.long()), image.float() / 127.5 - 1)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        self.update_ema(0.5, step)
+        return {"l2": loss.detach()}
+
+    def sheet(self, label_map, palette):
+        return [self.ema(label_map) / 2 + 0.5]
+
+
+class Toy(System):
+    def build(self):
+        return Painter(self.num_classes)
+
+    def trainer(self, device):
+        torch.manual_seed(self.settings.seed)
+        return ToyTrainer(self.build(), self.settings, device)
+
+    def generate(self, generator, label_map, seeds, k):
+        return generator(label_map)
+'''
+
+
+def test_a_fourth_system_is_a_file_and_a_line(train, tmp_path, monkeypatch):
+    """It trains, resumes, samples and is evaluated by the scripts as they are; its colors come to be the mean colors."""
+    (tmp_path / "toy.py").write_text(TOY)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(systems.SYSTEMS, "toy", "toy:Toy")
+    file = tmp_path / "toy.yaml"
+    file.write_text(yaml.safe_dump({**TINY, "generator": {"name": "toy"}, "discriminator": {}, "eval": {
+        **TINY["eval"], "diversity_samples": 0}, "train": {**TINY["train"], "steps": 150, "lr_generator": 0.05, "log_every": 50,
+                                                           "save_every": 50}}))
+    train(file, "name=whole")
+    train(file, "name=parts", "train.steps=50")
+    train(file, "name=parts", resume=True)
+    whole, parts = (torch.load(f"runs/{name}/checkpoints/latest.pt", weights_only=True) for name in ("whole", "parts"))
+    assert whole["step"] == 150 and torch.equal(whole["ema"]["colors.weight"], parts["ema"]["colors.weight"])
+
+    (tmp_path / "labels").mkdir()
+    image, label = scenes.render("val", 0, (32, 32))
+    Image.fromarray(label).save(tmp_path / "labels/scene.png")
+    arguments = {"labels": tmp_path / "labels", "checkpoint": None, "config": None, "num": 1, "seed": 0, "grid": False}
+    options = {**sample.DEFAULTS, **arguments, "out": tmp_path / "out"}
+    sample.main(argparse.Namespace(**options))
+    drawn = np.asarray(Image.open(tmp_path / "out/scene.png")).astype(float)
+    assert all(len(np.unique(drawn[label == c], axis=0)) == 1 for c in np.unique(label))
+    with pytest.raises(UserError, match="--resample: this model's generator, toy, does not have it; it has none"):
+        sample.main(argparse.Namespace(**{**options, "resample": "sky"}))
+
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--checkpoint", "runs/whole/checkpoints/latest.pt"])
+    evaluate.main()
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["color_error"] < 30 and metrics["num_images"] == 8  # noise would be near 64
+    with pytest.raises(UserError, match="generator.name is 'toys'; there are dp_sims, oasis, sdm, toy"):
+        train(file, "name=other", "generator.name=toys")
+
+
+@pytest.mark.parametrize("given, message", [
+    ({"generator": {"noise": "crossattention"}}, "^generator.noise is 'crossattention'"),
+    ({"generator": {"channels": []}}, "^generator.channels"), ({"generator": {"channels": ["a"]}}, "generator.channels"),
+    ({"generator": {"channels": [200, 200], "attention_scales": 1}}, "^generator.channels: 200 .* multiple of 64"),
+    ({"generator": {"num_tokens": 0}}, "num_tokens 0"), ({"discriminator": {"channels": 0}}, "^discriminator.channels is 0"),
+    ({"generator": {"channel": [8]}}, "unknown key generator.channel; did you mean generator.channels"),
+    ({"generator": {"name": "oasis", "channels": 0}}, "channels 0, z_dim 64: make both 1 or more"),
+    ({"discriminator": {"name": "patch"}}, "discriminator.name is 'patch'; there are backbone, oasis")])
+def test_networks_refuse_what_they_cannot_be(given, message):
+    with pytest.raises(ValueError, match=message):
+        trainer_of({"data": {"size": [64, 64]}, **given})
 
 
 @pytest.mark.parametrize("generator", GENERATORS)
 @pytest.mark.parametrize("discriminator", DISCRIMINATORS)
 @pytest.mark.parametrize("labelmix, fresh", [(0.0, False), (10.0, False), (10.0, True)])
 def test_every_combination_trains(generator, discriminator, labelmix, fresh):
-    config = check_config({**OASIS, "generator": GENERATORS[generator], "discriminator": DISCRIMINATORS[discriminator],
-                           "loss": {"labelmix": labelmix}, "train": {"fresh_fakes": fresh}}, "tiny")
-    dataset, image, label_map = batch(config)
-    gan = GAN(config, dataset.num_classes, torch.device("cpu"))
+    given = {**OASIS, "generator": GENERATORS[generator], "discriminator": DISCRIMINATORS[discriminator],
+             "loss": {"labelmix": labelmix}, "train": {"fresh_fakes": fresh}}
+    dataset, image, label_map = batch(given)
+    gan = trainer_of(given)
     gan.calibrate([image.float() / 127.5 - 1])
     before = copy.deepcopy([list(gan.generator.parameters()), list(gan.discriminator.parameters())])
     values = gan.step(image, label_map, 0, [0, 1])
@@ -52,10 +156,9 @@ def test_every_combination_trains(generator, discriminator, labelmix, fresh):
 
 def test_fresh_fakes_is_the_published_step():
     """G's update, then D's on fakes of the new G, as written out here with plain autograd and torch's own cross-entropy."""
-    config = check_config(OASIS, "tiny")
-    dataset, image, label_map = batch(config)
+    dataset, image, label_map = batch(OASIS)
     classes, labels, real = dataset.num_classes, label_map.long(), image.float() / 127.5 - 1
-    gan = GAN(config, classes, torch.device("cpu"))
+    gan = trainer_of(OASIS)
     g, d = copy.deepcopy(gan.generator), copy.deepcopy(gan.discriminator)
     g_optimizer = torch.optim.Adam(g.parameters(), lr=4e-4, betas=(0.0, 0.999))
     d_optimizer = torch.optim.Adam(d.parameters(), lr=4e-4, betas=(0.0, 0.999))
@@ -72,7 +175,7 @@ def test_fresh_fakes_is_the_published_step():
     with torch.no_grad():
         fake = g(labels, z[1])
     fake_logits, real_logits = d(fake), d(real)
-    mask = oasis.labelmix_mask(labels, classes, torch.Generator().manual_seed(hash((0, 0, 1)) % 2 ** 63))
+    mask = losses.labelmix_mask(labels, classes, torch.Generator().manual_seed(hash((0, 0, 1)) % 2 ** 63))
     mixed = d(mask * real + ~mask * fake)
     consistency = (mixed - (mask * real_logits + ~mask * fake_logits)).square().mean()
     d_fake = F.cross_entropy(fake_logits, torch.full_like(labels, classes + 1))
@@ -115,7 +218,7 @@ def official(tmp_path):
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     reorder = lambda name, t: torch.cat([t[:, :8], t[:, 8:].roll(1, 1)], 1) if t.ndim == 4 and t.shape[1] == 21 else t
-    torch.save({oasis._official_name(name, network): reorder(name, value) for name, value in network.state_dict().items()},
+    torch.save({oasis.official_name(name): reorder(name, value) for name, value in network.state_dict().items()},
                tmp_path / "best_EMA.pth", _use_new_zipfile_serialization=False)
     (tmp_path / "oasis.yaml").write_text(yaml.safe_dump(OASIS))
     (tmp_path / "labels").mkdir()

@@ -1,0 +1,197 @@
+"""DP-SIMS, OASIS and SDM behind the interface of interface.py, and the table that names them.
+
+Here settings become networks; nothing else in the project asks which system it holds.
+"""
+
+import inspect
+import pkgutil
+import typing
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.distributed as dist
+from pydantic import ConfigDict, create_model
+from torch import Tensor, nn
+
+import diffusion
+from backbones import Backbone
+from config import Settings, UserError, check_settings
+from denoising import Diffusion
+from gan import GAN
+from interface import System, Trainer, noise, sample_seed
+from metrics import to_uint8
+from models import Discriminator, Generator
+from oasis import OASISDiscriminator, OASISGenerator, load_official
+from sdm import SDMUNet
+
+# generator.name -> "module:class". A system of your own is one new file, and one line here.
+SYSTEMS = {
+    "dp_sims": "systems:DPSIMS",
+    "oasis": "systems:OASIS",
+    "sdm": "systems:SDM",
+}
+DISCRIMINATORS = {"backbone": Discriminator, "oasis": OASISDiscriminator}
+
+
+def system_for(settings: Settings, num_classes: int) -> System:
+    """The system that `settings.generator.name` names. Raises UserError for settings that it cannot have."""
+    return pkgutil.resolve_name(named(SYSTEMS, settings, "generator"))(settings, num_classes)
+
+
+def named(table: dict, settings: Settings, section: str):
+    """The entry of a table that a section's name stands for. Raises UserError."""
+    name = getattr(settings, section).name
+    if name not in table:
+        raise UserError(f"{section}.name is {name!r}; there are {', '.join(table)}")
+    return table[name]
+
+
+def complete(settings: Settings, section: str, cls: type[nn.Module]) -> Settings:
+    """The settings with all that a section may say of a network class: its arguments that have a default.
+
+    Raises UserError: unknown argument (the nearest right one is named) or wrong type.
+    """
+    given, hints = getattr(settings, section), typing.get_type_hints(cls.__init__)
+    fields = {p.name: (hints[p.name], p.default) for p in inspect.signature(cls).parameters.values()
+              if p.default is not p.empty}
+    model = create_model(cls.__name__, __config__=ConfigDict(extra="forbid"), **fields)
+    arguments = check_settings(given.arguments, section, model, f"{section}.").model_dump()
+    return settings.model_copy(update={section: type(given)(name=given.name, **arguments)})
+
+
+class Adversarial(System):
+    """A generator(label_map, z, z2, region) with one noise vector an image, trained against a discriminator.
+
+    z2 is the noise where `region` is True, see `models.Generator.forward`.
+    """
+
+    options = frozenset({"resample", "interpolate"})
+    generator_class: type[nn.Module]
+
+    def __init__(self, settings: Settings, num_classes: int):
+        discriminator = named(DISCRIMINATORS, settings, "discriminator")
+        super().__init__(complete(complete(settings, "generator", self.generator_class), "discriminator", discriminator),
+                         num_classes)
+        if settings.data.instances:
+            raise UserError("data.instances is true; only sdm with generator.instance_edges=true uses instance maps")
+
+    def build(self) -> nn.Module:
+        return self.generator_class(self.num_classes, **self.settings.generator.arguments)
+
+    def trainer(self, device: torch.device) -> Trainer:
+        settings = self.settings
+        torch.manual_seed(settings.seed)
+        backbone, needed = None, [self.num_classes]
+        if settings.discriminator.name == "backbone" or settings.loss.contrastive or settings.loss.perceptual:
+            backbone = Backbone(**settings.backbone.model_dump(), bf16=device.type == "cuda")
+        generator = self.build()
+        if settings.discriminator.name == "backbone":
+            needed.append(backbone.channels)
+        discriminator = DISCRIMINATORS[settings.discriminator.name](*needed, **settings.discriminator.arguments)
+        return GAN(generator, discriminator, backbone, settings, device)
+
+    def generate(self, generator: nn.Module, label_map: Tensor, seeds: list[int], k: int) -> Tensor:
+        return generator(label_map, noise([(seed, k) for seed in seeds], generator.z_dim, label_map.device))
+
+    def draw(self, generator: nn.Module, maps: list[Tensor], key: tuple[int, int], options: Namespace) -> Iterator[Tensor]:
+        plan = self.plan_noise(generator, maps[0], key, options)
+        kept = to_uint8(generator(maps[0], z=plan[0]["z"]))[0] if options.resample is not None else None
+        for given in plan:
+            image = to_uint8(generator(maps[0], **given))[0]
+            yield image if kept is None else torch.where(given["region"], image, kept)
+
+    def plan_noise(self, generator: nn.Module, label_map: Tensor, key: tuple[int, int], options: Namespace) -> list[dict]:
+        """The noise arguments of the generator for each image of one label map (1, H, W).
+
+        Sample k has noise (*key, k). Resampling a class, `options.resample`, keeps sample 0 and takes the region's noise
+        from another stream; interpolation goes on the sphere from sample 0 to sample 1.
+        """
+        if options.resample is not None:
+            return [{"z": self.stream(generator, key, 0, 0), "z2": self.stream(generator, key, k, 1),
+                     "region": label_map == options.resample} for k in range(options.num)]
+        if not options.interpolate:
+            return [{"z": self.stream(generator, key, k, 0)} for k in range(options.num)]
+        start, end = (self.stream(generator, key, k, 0) for k in range(2))
+        angle = torch.acos(torch.cosine_similarity(start, end))
+        return [{"z": (torch.sin((1 - t) * angle) * start + torch.sin(t * angle) * end) / torch.sin(angle)}
+                for t in torch.linspace(0, 1, options.interpolate, device=start.device)]
+
+    def stream(self, generator: nn.Module, key: tuple[int, int], k: int, number: int, rows: int = 1) -> Tensor:
+        """Noise vectors (rows, z_dim) of sample k, from one of several streams."""
+        device = next(generator.parameters()).device
+        return noise([(*key, k, number)], rows * generator.z_dim, device).view(rows, -1)
+
+
+class DPSIMS(Adversarial):
+    """Berrada et al., CVPR 2024; networks in models.py."""
+
+    generator_class = Generator
+
+
+class OASIS(Adversarial):
+    """Sushko et al., ICLR 2021; networks in oasis.py. Its noise may differ from class to class or pixel to pixel."""
+
+    options = Adversarial.options | {"noise"}
+    generator_class = OASISGenerator
+
+    def build(self) -> nn.Module:
+        return OASISGenerator(self.num_classes, *self.settings.data.size, **self.settings.generator.arguments)
+
+    def plan_noise(self, generator: nn.Module, label_map: Tensor, key: tuple[int, int], options: Namespace) -> list[dict]:
+        if options.noise == "class":
+            return [{"z": self.stream(generator, key, k, 2, self.num_classes + 1), "noise_ids": label_map}
+                    for k in range(options.num)]
+        if options.noise == "pixel":
+            ids = torch.arange(label_map.numel(), device=label_map.device).view_as(label_map)
+            return [{"z": self.stream(generator, key, k, 3, ids.numel()), "noise_ids": ids} for k in range(options.num)]
+        return super().plan_noise(generator, label_map, key, options)
+
+    def load_official(self, generator: nn.Module, state: dict[str, Tensor], source: str) -> None:
+        load_official(generator, state, source)
+
+
+class SDM(System):
+    """Wang et al., 2022; network in sdm.py, mathematics in diffusion.py."""
+
+    def __init__(self, settings: Settings, num_classes: int):
+        super().__init__(complete(settings, "generator", SDMUNet), num_classes)
+        edges = self.settings.generator.arguments["instance_edges"]
+        self.options = frozenset({"steps", "guidance", *(["instances"] if edges else [])})
+        if settings.data.instances and not edges:
+            raise UserError("data.instances is true; only generator.instance_edges=true uses instance maps")
+
+    def build(self) -> nn.Module:
+        return SDMUNet(self.num_classes, **self.settings.generator.arguments)
+
+    def trainer(self, device: torch.device) -> Trainer:
+        torch.manual_seed(self.settings.seed)
+        return Diffusion(self.build(), self.settings, device)
+
+    def generate(self, generator: nn.Module, label_map: Tensor, seeds: list[int], k: int, *instances: Tensor) -> Tensor:
+        given = self.settings.diffusion
+        noises = diffusion.seeded_noise([sample_seed(seed, k) for seed in seeds], label_map.shape[1:])
+        return diffusion.sample(generator, label_map, noises, given.steps, given.guidance, given.sampler, *instances,
+                                progress=not dist.is_initialized() or dist.get_rank() == 0)
+
+    def with_options(self, options: Namespace) -> System:
+        changes = {key: value for key in ("steps", "guidance") if (value := getattr(options, key)) is not None}
+        given = self.settings.model_dump() | {"diffusion": self.settings.diffusion.model_dump() | changes}
+        return SDM(check_settings(given, "--steps, --guidance"), self.num_classes)
+
+    def load_official(self, generator: nn.Module, state: dict[str, Tensor], source: str) -> None:
+        generator.load_official(state, source)
+
+    def cost(self, measure: Callable[[Callable], float], generator: nn.Module, label_map: Tensor) -> float:
+        """Extrapolated: the label encoding and one step, both passes of guidance, are measured; all steps are counted."""
+        given, device = self.settings.diffusion, label_map.device
+        guided = given.guidance != 1
+        noisy = torch.randn(len(label_map), 3, *label_map.shape[1:], device=device)
+        t = torch.zeros(len(label_map), device=device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            encoding = measure(lambda: generator.encode_labels(label_map, guided=guided))
+            features = generator.encode_labels(label_map, guided=guided)
+            return encoding + given.steps * measure(lambda: generator(noisy, t, features))
+
+    def protocol(self) -> dict:
+        return {"diffusion": self.settings.diffusion.model_dump(mode="json")}

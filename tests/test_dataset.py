@@ -1,0 +1,284 @@
+"""Data sets on miniature trees: layouts, names, sizes, augmentation, what is wrong with files."""
+
+import hashlib
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import ExifTags, Image, ImageOps
+
+from config import DataSettings, UserError, check_settings, one_line
+from dataset import build_dataset, evenly_spaced, quick_check, read_image, say_once
+
+RGB = np.random.default_rng(0).integers(0, 256, (6, 8, 3)).astype(np.uint8)
+FOLDERS = {"folder": ("{}/images/{}.jpg", "{}/labels/{}.png", "train", "val"),
+           "ade20k": ("images/{}/{}.jpg", "annotations/{}/{}.png", "training", "validation"),
+           "coco_stuff": ("{}_img/{}.jpg", "{}_label/{}.png", "train", "val"),
+           "cityscapes": ("leftImg8bit/{}/ulm/ulm_{}_leftImg8bit.png", "gtFine/{}/ulm/ulm_{}_gtFine_labelIds.png",
+                          "train", "val"),
+           "celebamask_hq": ("{}_img/{}.jpg", "{}_label/{}.png", "train", "test"),
+           "celebamask_hq again": ("{}/images/{}.jpg", "{}/labels/{}.png", "train", "test")}
+COLORS = [[255, 0, 0], [0, 255, 0], [7, 7, 7]]
+
+
+def settings(root, name="folder", **changes):
+    """The section `data` of the settings of such a tree."""
+    classes = 3 if name == "folder" else None
+    given = {"name": name, "root": root and str(root), "size": [6, 8], "classes": classes, "flip": False} | changes
+    return check_settings(given, "test", DataSettings, "data.")
+
+
+def put(path, array, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    (array if isinstance(array, Image.Image) else Image.fromarray(array)).save(path, **options)
+    return path
+
+
+def tree(root, label, name="folder", image=RGB, stems=("a", "b")):
+    image_path, label_path, *splits = FOLDERS[name]
+    for split in splits:
+        for stem in stems:
+            put(root / image_path.format(split, stem), image)
+            put(root / label_path.format(split, stem), label)
+    return root
+
+
+def ids(*values):
+    """A 6 x 8 label map that begins with these ids and goes on with the first."""
+    label = np.full(48, values[0], np.uint8)
+    label[:len(values)] = values
+    return label.reshape(6, 8)
+
+
+@pytest.mark.parametrize("name, file_ids, classes, count, known", [
+    ("ade20k", [1, 2, 3, 150, 0, 75], [0, 1, 2, 149, 150, 74], 150, {2: "sky", 20: "car", 149: "flag"}),
+    ("coco_stuff", [0, 2, 156, 181, 255], [0, 2, 156, 181, 182], 182, {2: "car", 156: "sky-other", 181: "wood"}),
+    ("cityscapes", [0, 1, 7, 26, 33, 255], [34, 0, 6, 25, 32, 33], 34, {6: "road", 25: "car", 33: "license plate"}),
+    ("celebamask_hq", [0, 1, 13, 18], [0, 1, 13, 18], 19, {1: "skin", 13: "hair", 18: "cloth"}),
+    ("celebamask_hq again", [0, 1, 13, 18], [0, 1, 13, 18], 19, {})])
+def test_published_layouts(tmp_path, name, file_ids, classes, count, known):
+    tree(tmp_path, ids(*file_ids), name, image=RGB.repeat(2, axis=0) if "celebamask" in name else RGB)
+    for split in ("train", "val"):
+        dataset = build_dataset(settings(tmp_path, name.split()[0]), split)
+        image, label = dataset[0]
+        assert len(dataset) == 2 and dataset.num_classes == count and dataset.palette.shape == (count + 1, 3)
+        assert label.dtype == torch.uint8 and np.array_equal(label.numpy(), ids(*classes))
+        assert image.dtype == torch.uint8 and image.shape == (3, 6, 8)
+        assert {i: dataset.class_names[i] for i in known} == known
+        assert dataset.names == (["ulm_a", "ulm_b"] if name == "cityscapes" else ["a", "b"])
+
+
+@pytest.mark.parametrize("mode, value, expected", [
+    ("RGB", (10, 20, 30), (10, 20, 30)), ("L", 77, (77,) * 3), ("LA", (77, 0), (77,) * 3), ("1", 1, (255,) * 3),
+    ("RGBA", (10, 20, 30, 128), (10, 20, 30)), ("P", 0, (9, 8, 7)), ("I;16", 0x4D00, (77,) * 3)])
+def test_images_of_any_mode(tmp_path, mode, value, expected):
+    picture = Image.new(mode, (8, 6), value)
+    if mode == "P":
+        picture.putpalette([9, 8, 7])
+    path = put(tmp_path / "x.png", picture)
+    assert np.array_equal(read_image(path), np.full((6, 8, 3), expected, np.uint8))
+    assert np.array_equal(read_image(path, (3, 5)), np.full((3, 5, 3), expected, np.uint8))
+
+
+def test_cmyk_jpeg(tmp_path):
+    path = put(tmp_path / "x.jpg", Image.new("RGB", (64, 64), (200, 30, 30)).convert("CMYK"), quality=95)
+    assert np.abs(read_image(path, (16, 16)).astype(int) - (200, 30, 30)).max() < 6
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_turns_images_upright(tmp_path, suffix, orientation):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    path = put(tmp_path / f"train/images/a{suffix}", smooth_picture(80, 120), exif=exif)
+    upright = ImageOps.exif_transpose(Image.open(path))
+    put(tmp_path / "train/labels/a.png", np.zeros(upright.size[::-1], np.uint8))
+    assert np.array_equal(read_image(path), upright)
+    for size in (upright.size[::-1], (10, 20)):  # the second is decoded at a fraction of the size
+        image = build_dataset(settings(tmp_path, size=size), "train")[0][0].permute(1, 2, 0).numpy().astype(int)
+        exact = np.asarray(upright.resize(size[::-1], Image.Resampling.BICUBIC)).astype(int)
+        assert np.abs(image - exact).mean() < (1 if size == (10, 20) else 1e-9)
+
+
+def test_sub_folders_and_suffixes(tmp_path):
+    for name in ("ulm/1.webp", "ulm/2.JPEG", "bonn/old/1.bmp", "3.png"):
+        image = put(tmp_path / "train/images" / name, RGB)
+        label = put((tmp_path / "train/labels" / name).with_suffix(".png"), ids(0))
+    put(tmp_path / "train/images/.hidden/x.jpg", RGB)
+    dataset = build_dataset(settings(tmp_path), "train")
+    assert dataset.names == ["3", "bonn/old/1", "ulm/1", "ulm/2"] and dataset.pairs[0] == (image, label)
+
+
+def test_holdout_follows_from_names(tmp_path):
+    names = [f"{city}/{i:02d}" for city in ("bonn", "ulm") for i in range(20)]
+    tree(tmp_path, ids(0), stems=names)
+    part = lambda split, **changes: build_dataset(settings(tmp_path, **changes), split).names
+    assert part("train", holdout=0.25) == part("val", holdout=0.25) == names  # there is a val folder
+    shutil.rmtree(tmp_path / "val")
+    held_out = [name for name in names if hashlib.sha256(name.encode()).digest()[0] < 64]  # a quarter of 256
+    assert part("val", holdout=0.25) == held_out and 3 < len(held_out) < 17
+    assert part("train", holdout=0.25) == sorted(set(names) - set(held_out)) and part("train") == names
+    with pytest.raises(UserError, match="val/images and val/labels .*data.holdout=0.1"):
+        part("val")
+    with pytest.raises(UserError, match=r"no images for val \(data.holdout=1e-09\)"):
+        part("val", holdout=1e-9)
+
+
+def smooth_picture(height, width):
+    y, x = np.mgrid[0:height, 0:width] / 40
+    return ((np.stack([np.sin(x), np.cos(y), np.sin(x + y)], -1) + 1) * 127).astype(np.uint8)
+
+
+def test_evaluation_resizes_to_the_size(tmp_path):
+    label = np.random.default_rng(1).integers(0, 3, (90, 120)).astype(np.uint8)
+    tree(tmp_path, label, image=smooth_picture(90, 120))
+    image, result = build_dataset(settings(tmp_path, size=[60, 80]), "train")[0]
+    with Image.open(tmp_path / "train/images/a.jpg") as file:
+        assert np.array_equal(image.permute(1, 2, 0), file.resize((80, 60), Image.Resampling.BICUBIC))
+    rows, columns = (((np.arange(count) + 0.5) * 1.5).astype(int) for count in (60, 80))
+    assert np.array_equal(result, label[rows][:, columns])
+
+
+def test_augmentation_follows_seed_and_draw_alone(tmp_path):
+    tree(tmp_path, ids(0, 1, 2))
+    config = settings(tmp_path, size=[4, 4], load_scale=1.5, flip=True)
+    build = lambda seed, augment=True: build_dataset(config, "train", seed, augment)
+    same = lambda a, b: torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
+    dataset = build(3)
+    pairs = [dataset[0, draw] for draw in range(20)]
+    assert all(same(pair, build(3)[0, draw]) for draw, pair in reversed(list(enumerate(pairs))))
+    assert len({pair[0].numpy().tobytes() for pair in pairs}) > 5
+    assert not all(same(pair, build(4)[0, draw]) for draw, pair in enumerate(pairs))
+    assert same(dataset[0], build(3, augment=False)[0, 5])
+
+
+def test_instance_maps_share_crop_and_flip_with_their_labels(tmp_path):
+    label = (np.arange(48) % 34).astype(np.uint8).reshape(6, 8)
+    tree(tmp_path, label, "cityscapes")
+    paths = [put(tmp_path / f"gtFine/train/ulm/ulm_{stem}_gtFine_instanceIds.png", label.astype(np.uint16) * 1000 + 3)
+             for stem in "ab"]
+    config = settings(tmp_path, "cityscapes", instances=True, load_scale=1.5, flip=True)
+    dataset = build_dataset(config, "train", augment=True)
+    for draw in range(8):
+        image, classes, instances = dataset[0, draw]
+        assert instances.dtype == torch.int32 and np.array_equal(dataset.form.ids[instances // 1000], classes)
+    assert dataset.inspect(0)[2] is dataset.inspect(1)[2] is None
+    put(paths[0], RGB)
+    paths[1].unlink()
+    for i, message in enumerate(("a_gtFine_instanceIds.png: damaged", "b_gtFine_instanceIds.png: no such file")):
+        assert message in str(dataset.inspect(i)[2])
+        with pytest.raises(UserError, match=message):
+            dataset[i]
+
+
+def test_crops_cover_the_picture_and_flips_are_fair(tmp_path):
+    label = np.arange(200, dtype=np.uint8).reshape(10, 20)
+    put(tmp_path / "train/images/a.png", np.repeat(label[..., None], 3, 2))
+    put(tmp_path / "train/labels/a.png", label)
+    config = settings(tmp_path, classes=200, size=[5, 10], load_scale=2.0, flip=True)
+    dataset = build_dataset(config, "train", 0, augment=True)
+    corners, flips = set(), 0
+    for draw in range(300):
+        image, result = (a.numpy().astype(int) for a in dataset[0, draw])
+        flipped = result[0, 0] > result[0, -1]
+        flips += flipped
+        result = result[:, ::-1] if flipped else result
+        expected = result[0, 0] + np.arange(5)[:, None] * 20 + np.arange(10)  # a 5 x 10 window of the 10 x 20 map
+        assert np.array_equal(result, expected)
+        inner = image[0][1:-1, 1:-1]  # cropped at a fraction of a pixel, so up to one row (20) and column (1) away
+        assert np.abs((inner[:, ::-1] if flipped else inner) - result[1:-1, 1:-1]).max() <= 22
+        corners.add(int(result[0, 0]))
+    assert 110 < flips < 190 and len(corners) > 40 and 0 in corners and max(corners) == 5 * 20 + 10
+
+
+def test_scenes_data_set():
+    config = settings(None, "scenes", size=24, load_scale=1.25, flip=True)
+    dataset = build_dataset(config, "val", 1, augment=True)
+    image, label = dataset[7, 3]
+    assert len(dataset) == 500 and dataset.names[7] == "val_00007" and label.shape == image.shape[1:] == (24, 24)
+    assert torch.equal(image, build_dataset(config, "val", 1, augment=True)[7, 3][0])
+    assert dataset.num_classes == len(dataset.class_names) == 12 and dataset.palette.shape == (13, 3)
+    with pytest.raises(IndexError):
+        dataset[500]
+    for changes, message in (({"name": "folder"}, "set data.root"), ({"instances": True}, "no instance maps")):
+        with pytest.raises(UserError, match=message):
+            build_dataset(settings(**{"root": None, "name": "scenes"} | changes), "train")
+
+
+def test_evenly_spaced():
+    assert evenly_spaced(10, 4) == [0, 2, 5, 7]
+    assert evenly_spaced(3, 0) == evenly_spaced(3, 9) == [0, 1, 2]
+
+
+def cut(path, keep=0.6):
+    path.write_bytes(path.read_bytes()[:int(path.stat().st_size * keep)])
+
+
+@pytest.mark.parametrize("spoil, message", [
+    (lambda root: (root / "train/labels/b.png").unlink(), r"images/b.jpg: no label map .*labels/b.png"),
+    (lambda root: (root / "train/images/b.jpg").unlink(), r"labels/b.png: no image .*images/b"),
+    (lambda root: [path.unlink() for path in (root / "train").rglob("*.*")], r"images: no images for train .*; put"),
+    (lambda root: (root / "train").rename(root / "Train"), r"no folders train/images and train/labels .*set data.root"),
+    (lambda root: put(root / "train/labels/b.jpg", ids(0)) and (root / "train/labels/b.png").unlink(),
+     r"images/b.jpg: no label map .*labels/b.png \(PNG, as JPEG changes ids\)")])
+def test_folder_errors_at_construction(tmp_path, spoil, message):
+    spoil(tree(tmp_path, ids(0)))
+    with pytest.raises(UserError, match=message):
+        build_dataset(settings(tmp_path), "train")
+
+
+@pytest.mark.parametrize("label, changes, message", [
+    (np.zeros((8, 6), np.uint8), {}, r"labels/b.png: 6 x 8, but .*b.jpg is 8 x 6; make both the same size"),
+    (ids(0, 5), {}, r"b.png: id 5 is out of range \(3 classes, ids 0 to 2\)"),
+    (ids(0, 255), {}, r"b.png: id 255, as in a 0/255 mask; set data.classes=2 and data.palette="),
+    (RGB, {}, r"b.png: RGB colors .*set data.palette"),
+    (RGB, {"palette": COLORS}, r"b.png: color \[.*\] is not in the palette"),
+    (None, {}, r"images/b.jpg: damaged.*replace or remove"),
+    ("cut", {}, r"labels/b.png: damaged")])
+def test_file_errors(tmp_path, label, changes, message):
+    tree(tmp_path, np.array(COLORS, np.uint8)[ids(0)] if changes else ids(0))
+    if isinstance(label, np.ndarray):
+        put(tmp_path / "train/labels/b.png", label)
+    else:
+        cut(tmp_path / ("train/labels/b.png" if label else "train/images/b.jpg"))
+    dataset = build_dataset(settings(tmp_path, **changes), "train")
+    dataset[0]
+    for act in (lambda: dataset[1], lambda: quick_check(dataset)):
+        with pytest.raises(UserError, match=f"^[^\n]*{message}[^\n]*$"):
+            act()
+
+
+def test_skip_broken(tmp_path, capfd):
+    tree(tmp_path, ids(0), stems="abcdefgh")
+    cut(tmp_path / "train/labels/c.png")
+    (tmp_path / "train/images/e.jpg").write_text("")
+    (tmp_path / "train/labels/h.png").unlink()
+    build = lambda: build_dataset(settings(tmp_path, skip_broken=True), "train", seed=1)
+    dataset = build()
+    first = [dataset[index][0] for index in range(len(dataset))]
+    assert len(dataset) == 7 and dataset.num_broken == 2  # h has no partner
+    assert all(torch.equal(a, build()[i][0]) for i, a in enumerate(first))
+    assert "h.jpg" in capfd.readouterr().err
+    loader = torch.utils.data.DataLoader(build(), batch_size=2, num_workers=2)
+    say_once.cache_clear()
+    for _ in range(2):
+        assert torch.equal(torch.cat([images for images, _ in loader]), torch.stack(first))
+    assert loader.dataset.num_broken == 2  # found in the loading processes
+    assert capfd.readouterr().err.count("c.png") == 1
+    for name in "abdfg":
+        cut(tmp_path / f"train/labels/{name}.png")
+    with pytest.raises(UserError, match="100 broken files in a row"):
+        build()[0]
+    (tmp_path / "train/images").rename(tmp_path / "train/others")
+    put(tmp_path / "train/images/z.jpg", RGB)
+    with pytest.raises(UserError, match="no label map .*7 more such files"):
+        build()
+
+
+def test_errors_in_loading_processes_keep_their_line(tmp_path):
+    tree(tmp_path, ids(7))
+    loader = torch.utils.data.DataLoader(build_dataset(settings(tmp_path), "train"), num_workers=1)
+    with pytest.raises(UserError) as error:
+        next(iter(loader))
+    assert one_line(error.value).startswith(f"{tmp_path / 'train/labels/a.png'}: id 7 is out of range")

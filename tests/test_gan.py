@@ -1,0 +1,102 @@
+import pytest
+import torch
+from conftest import TINY, trainer_of
+
+from backbones import Backbone
+from config import DataSettings
+from dataset import build_dataset
+from gan import compile_networks
+
+BFLOAT16 = torch.autocast
+
+
+def batch(count: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images and label maps of the first rendered scenes, uint8."""
+    dataset = build_dataset(DataSettings(size=(32, 32)), "train")
+    return tuple(torch.stack(column) for column in zip(*(dataset[i] for i in range(count))))
+
+
+def test_overfits_one_batch():
+    """Trained on four scenes alone, the generator comes to paint them: per-pixel error well below that of class means."""
+    gan = trainer_of({**TINY, "loss": {"diversity": 0, "contrastive": 0, "perceptual": 10.0},
+                      "train": {"batch_size": 4, "lr_generator": 2e-3, "lr_discriminator": 2e-3, "ema": 0.9}})
+    image, label_map = batch()
+    real = image.float() / 127.5 - 1
+    gan.calibrate([real])
+    with torch.no_grad():
+        error = lambda: (gan.ema(label_map.long(), torch.zeros(4, 8)) - real).abs().mean().item()
+        before = error()
+    first = [gan.step(image, label_map, step, [0, 1, 2, 3]) for step in range(150)][0]
+    last = gan.step(image, label_map, 150, [0, 1, 2, 3])
+    with torch.no_grad():
+        after = error()
+    assert last["g_perceptual"] < 0.7 * first["g_perceptual"]
+    assert after < 0.6 * before, (before, after)
+
+
+def test_generator_learns_from_the_discriminator_and_the_backbone_does_not():
+    gan, (image, label_map) = trainer_of(TINY), batch()
+    gan.calibrate([image.float() / 127.5 - 1])
+    forwards = {"generator": 0, "backbone": 0, "discriminator": 0}
+    for name in forwards:
+        getattr(gan, name).register_forward_hook(lambda *_, name=name: forwards.__setitem__(name, forwards[name] + 1))
+    frozen = {k: v.clone() for k, v in gan.backbone.state_dict().items()}
+    before = [p.clone() for p in gan.generator.parameters()]
+    gan.step(image, label_map, 0, [0, 1, 2, 3])
+    assert forwards == {"generator": 1, "backbone": 2, "discriminator": 2}  # nothing is computed twice
+    moved = [not torch.equal(a, b) for a, b in zip(before, gan.generator.parameters())]
+    assert all(moved), [n for (n, _), m in zip(gan.generator.named_parameters(), moved) if not m]
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in gan.d_parameters)
+    assert all(torch.equal(v, frozen[k]) for k, v in gan.backbone.state_dict().items())
+
+
+@pytest.mark.parametrize("changed", [
+    {}, {"loss": {"diversity": 0, "perceptual": 1.0, "labelmix": 1.0}}, {"generator": {**TINY["generator"], "noise": "concat"}},
+    {"generator": {"name": "oasis", "channels": 2}, "discriminator": {"name": "oasis", "channels": 2},
+     "data": {**TINY["data"], "size": [64, 64]}}])
+def test_a_step_under_autocast_is_close_to_float32(monkeypatch, changed):
+    """The types that meet on a GPU, on a CPU."""
+    given = {**TINY, **changed}
+    height, width = given["data"]["size"]
+    image = torch.randint(0, 256, (4, 3, height, width), dtype=torch.uint8)
+    label_map = torch.randint(0, 13, (4, height, width), dtype=torch.uint8)
+    values = []
+    for half in (False, True):
+        trainer = trainer_of(given)
+        trainer.calibrate([image.float() / 127.5 - 1])
+        if half:
+            trainer.backbone = Backbone("tf_efficientnet_lite0", bf16=True)
+            trainer.calibrate([image.float() / 127.5 - 1])
+            monkeypatch.setattr(torch, "autocast", lambda kind, dtype=None, enabled=True: BFLOAT16(
+                kind, torch.bfloat16, enabled=dtype is not None or enabled))
+        values.append(trainer.step(image, label_map, 0, [0, 1, 2, 3]))
+    assert values[0].keys() == values[1].keys() and len(values[0]) >= 3
+    for name, value in values[0].items():
+        assert values[1][name].float() == pytest.approx(value.item(), rel=0.1, abs=0.02), name
+    assert any(values[1][name].float() != value for name, value in values[0].items())
+
+
+@pytest.mark.slow
+def test_compiled_networks_train_like_the_others(capsys):
+    """One step: the losses of both networks go back through one compiled graph."""
+    image, label_map = batch()
+    values, gradients = [], []
+    for compiled in (False, True):
+        trainer = trainer_of({**TINY, "train": {"compile": compiled}})
+        trainer.calibrate([image.float() / 127.5 - 1])
+        values.append(trainer.step(image, label_map, 0, [0, 1, 2, 3]))
+        gradients.append(torch.cat([p.grad.flatten() for p in trainer.g_parameters + trainer.d_parameters]))
+    assert "going on without it" not in capsys.readouterr().out  # wants a C++ compiler
+    for name, value in values[0].items():
+        assert values[1][name].item() == pytest.approx(value.item(), rel=1e-3), name
+    assert torch.cosine_similarity(*gradients, dim=0) > 0.999
+
+
+def test_without_a_compiler_training_goes_on_and_says_so(monkeypatch, capsys):
+    def fail(*_):
+        raise RuntimeError("no compiler\nmore about it")
+    monkeypatch.setattr(torch, "compile", fail)
+    network = torch.nn.Linear(2, 2)
+    compile_networks([network], torch.device("cpu"))
+    assert capsys.readouterr().out.strip().endswith("going on without it (no compiler)")
+    assert network(torch.ones(1, 2)).shape == (1, 2)

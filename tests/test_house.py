@@ -1,0 +1,61 @@
+"""The shape of the house: which rooms import which, how large they are, and that a room can be copied out."""
+
+import ast
+import re
+import subprocess
+import sys
+
+from conftest import ROOT
+
+SCRIPTS = {"train", "sample", "evaluate", "bench", "data", "paint", "compare", "export"}
+COPYABLE = {"models", "backbones", "losses", "oasis", "sdm", "diffusion", "metrics", "augment"}
+FILES = {path.stem: path for path in ROOT.glob("*.py")}
+
+
+def imports(name: str) -> set[str]:
+    """The project's modules that a file imports, inside functions too, and those that a table names as "module:Class"."""
+    found = set()
+    for node in ast.walk(ast.parse(FILES[name].read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and re.fullmatch(r"\w+:\w+", node.value):
+            found.add(node.value.split(":")[0])
+    return found & FILES.keys() - {name}
+
+
+def test_imports_go_one_way():
+    graph = {name: imports(name) for name in FILES}
+    assert {name: graph[name] for name in COPYABLE & FILES.keys() if graph[name]} == {}
+    assert {name: graph[name] & SCRIPTS for name in FILES if graph[name] & SCRIPTS} == {}
+    for name in FILES:  # no circle: nobody is among those that it leads to
+        reached, ahead = set(), [name]
+        while ahead:
+            new = graph[ahead.pop()] - reached
+            reached |= new
+            ahead += new
+        assert name not in reached, f"{name} imports itself by way of {reached}"
+
+
+def test_only_the_table_names_the_systems():
+    for name, path in FILES.items():
+        if name not in ("systems", "oasis", "sdm"):
+            assert not re.search(r"\b(OASISGenerator|OASISDiscriminator|SDMUNet)\b", path.read_text()), name
+
+
+def test_it_stays_small():
+    lines = {name: len(path.read_text().splitlines()) for name, path in FILES.items()}
+    assert sum(lines.values()) <= 5000 and max(lines.values()) <= 400, lines
+
+
+def test_rooms_can_be_copied_and_the_loop_of_the_readme_runs(tmp_path):
+    for name in ("models", "backbones", "losses"):
+        (tmp_path / f"{name}.py").write_text(FILES[name].read_text())
+    section = (ROOT / "README.md").read_text().partition("## Use it in your own code")[2]
+    (tmp_path / "loop.py").write_text(re.search(r"```python\n(.*?)```", section, re.S)[1])
+    done = subprocess.run([sys.executable, "-I", "-c", "import sys; sys.path.insert(0, '.'); import loop"], cwd=tmp_path,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    losses = [float(line.split()[-1]) for line in done.stdout.splitlines()]
+    assert len(losses) > 1 and losses[-1] < losses[0]  # the discriminator learns

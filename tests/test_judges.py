@@ -1,0 +1,105 @@
+"""judges.py against pytorch-fid, lpips and stlpips; what it says where weights cannot be had."""
+
+import functools
+import socket
+import time
+import warnings
+
+import lpips
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+from pytorch_fid import fid_score, inception
+
+import judges
+from metrics import FeatureStatistics, frechet_distance
+
+
+@pytest.fixture(scope="module")
+def inception_weights(tmp_path_factory):
+    """A hub folder with random weights under the name of pytorch-fid's file."""
+    torch.manual_seed(0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inception, "load_state_dict_from_url", lambda *_, **__: {})
+        patch.setattr(torch.nn.Module, "load_state_dict", lambda *_: None)
+        network = inception.fid_inception_v3()
+    for module in network.modules():  # PyTorch's own initialisation lets the signal die out over 90 layers
+        if isinstance(module, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(module.weight)
+    path = tmp_path_factory.mktemp("hub") / "checkpoints" / "pt_inception-2015-12-05-6726825d.pth"
+    path.parent.mkdir()
+    torch.save(network.state_dict(), path)
+    return path
+
+
+def test_fid_equals_pytorch_fid(tmp_path, inception_weights, monkeypatch):
+    rng = np.random.default_rng(0)
+    monkeypatch.setenv("TORCH_HOME", str(inception_weights.parents[1]))
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(inception_weights.parents[1]))
+    reference_network = inception.InceptionV3()
+    ours = judges.feature_network("inception", str(inception_weights))
+    references, statistics = [], []
+    for high in (256, 160):
+        images = rng.integers(0, high, (5, 48, 64, 3), dtype=np.uint8)
+        files = [tmp_path / f"{high}_{i}.png" for i in range(len(images))]
+        for file, image in zip(files, images):
+            Image.fromarray(image).save(file)
+        references.append(fid_score.get_activations(files, reference_network, 5, 2048, "cpu", num_workers=0))
+        mine = ours(torch.from_numpy(images).permute(0, 3, 1, 2))
+        statistics.append(FeatureStatistics())
+        statistics[-1].update(mine)
+        np.testing.assert_allclose(mine, references[-1], rtol=1e-3, atol=1e-3 * references[-1].std())
+    # scipy's root of a 2048 x 2048 matrix takes pytorch-fid half a minute; the root in a basis of all the features
+    # (both sets and their means) is the same number
+    basis, _ = np.linalg.qr(np.concatenate(references).T)
+    small = [activations @ basis for activations in references]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected = fid_score.calculate_frechet_distance(small[0].mean(0), np.cov(small[0], rowvar=False),
+                                                        small[1].mean(0), np.cov(small[1], rowvar=False))
+    got = frechet_distance(*statistics[0].mean_and_covariance(), *statistics[1].mean_and_covariance())
+    assert got == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["lpips_alex", "stlpips_vgg"])
+def test_diversity_equals_calling_the_package(name, tmp_path):
+    images = torch.randint(0, 256, (3, 3, 48, 48), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    weights = None
+    if name == "lpips_alex":
+        weights = str(tmp_path / "alexnet.pth")
+        torch.save(torchvision.models.alexnet(weights=None).state_dict(), weights)
+    network = judges.PerceptualNetwork(name, weights, size=64)
+    if name == "lpips_alex":
+        reference = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)
+        trunk = torch.load(weights, weights_only=True)
+        slices = [getattr(reference.net, f"slice{i}") for i in range(1, 6)]
+        convolutions = [m for s in slices for m in s if isinstance(m, torch.nn.Conv2d)]
+        for convolution, place in zip(convolutions, (0, 3, 6, 8, 10)):
+            convolution.load_state_dict({k: trunk[f"features.{place}.{k}"] for k in ("weight", "bias")})
+    else:
+        from stlpips_pytorch import stlpips
+        reference = stlpips.LPIPS(net="vgg", variant="shift_tolerant", verbose=False)
+    x = torch.nn.functional.interpolate(images.float() / 127.5 - 1, (64, 64), mode="bilinear", align_corners=False)
+    with torch.no_grad():
+        expected = np.mean([reference(x[i:i + 1], x[j:j + 1]).item() for i, j in ((0, 1), (0, 2), (1, 2))])
+    assert network.mean_pair_distance(images) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("name, build", [("inception", judges.feature_network),
+                                         ("lpips_vgg", judges.PerceptualNetwork)])
+def test_missing_weights_are_one_line(name, build, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    file = judges.PUBLISHED_WEIGHTS[name][0].rsplit("/", 1)[1]
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes calls and says nothing
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/{file}"
+        monkeypatch.setitem(judges.PUBLISHED_WEIGHTS, name, (url, "eval.weights"))
+        monkeypatch.setattr(judges, "answers", functools.partial(judges.answers, seconds=0.5))
+        start = time.monotonic()
+        with pytest.raises(ValueError, match=f"put {file} .*name the file in eval.weights") as error:
+            build(name)
+    assert time.monotonic() - start < 2 and "\n" not in str(error.value) and str(tmp_path) in str(error.value)
+    (tmp_path / "broken.pth").write_text("no weights")
+    with pytest.raises(ValueError, match="broken.pth"):
+        build(name, str(tmp_path / "broken.pth"))
