@@ -135,12 +135,13 @@ def load_generator(path: str | Path, device: str | torch.device = "cpu",
     generator = system.build()
     try:
         if config_path:
-            system.load_official(generator, read_official(path), str(path))
+            system.load_official(generator, read_official(path))
         else:
             generator.load_state_dict(state["ema"])
     except (RuntimeError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: its networks are not those of its configuration ({' '.join(str(error).split())[:200]}); "
-                        f"use the version of this code that wrote it") from error
+        remedy = "name the configuration of its data set and size" if config_path else "use the version that wrote it"
+        raise UserError(f"{path}: its networks are not those of {config_path or 'its configuration'} "
+                        f"({' '.join(str(error).split())[:200]}); {remedy}") from error
     return system, generator.to(device, memory_format=torch.channels_last).eval().requires_grad_(False), state
 
 

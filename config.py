@@ -277,11 +277,11 @@ def check_settings(given: dict, source: str, model: type[BaseModel] = Settings, 
     raise UserError(f"{source}: {name} is {shorten(value)}; {reason[0].lower()}{reason[1:]}")
 
 
-def flatten(settings: Settings) -> dict[str, object]:
-    """{"train.steps": 600, ...}: every setting under the name that an override gives it."""
+def flatten(nested: dict, prefix: str = "") -> dict:
+    """{"train": {"steps": 600}} -> {"train.steps": 600}: every value under the name that an override gives it."""
     flat = {}
-    for key, value in settings.model_dump(mode="json").items():
-        flat |= {f"{key}.{inner}": v for inner, v in value.items()} if isinstance(value, dict) else {key: value}
+    for name, value in nested.items():
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
     return flat
 
 

@@ -3,7 +3,7 @@
 Steps are numbered t = 0..999 as in the official code: alpha_bar[t] is what is left of the image's variance after t + 1
 noisings. Equations (n) are those of Nichol and Dhariwal, 2021 (arXiv 2102.09672), unless another paper is named.
 
-A network `unet` is called as unet(noisy, t, label_map, instances, dropped), like sdm.py's SDMUNet. Its output is
+A network `unet` is called as unet(noisy, t, label_map, instances, dropped), like sdm.py's. Its output is
 (B, 6, H, W): the noise estimate eps, then v, which places the log variance of a reverse step between its lower
 (v = -1) and upper (v = 1) bound. For `sample` it also has the method encode_labels(label_map, instances, guided=BOOL),
 whose result unet(noisy, t, result) takes in the label map's place; guided, it then gives (2B, 6, H, W): the outputs

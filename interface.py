@@ -140,10 +140,10 @@ class System:
         """This system with the settings that options of sample.py change. Raises UserError."""
         return self
 
-    def load_official(self, generator: nn.Module, state: dict[str, Tensor], source: str) -> None:
-        """Load the published code's state dict; `source` names it in messages. Raises UserError."""
-        raise UserError(f"{source}: checkpoints of {self.settings.generator.name} carry their configuration; leave --config "
-                        f"out, or name that of an official checkpoint")
+    def load_official(self, generator: nn.Module, state: dict[str, Tensor]) -> None:
+        """Load the published code's state dict. Raises RuntimeError where it does not fit, UserError where there is none."""
+        raise UserError(f"checkpoints of {self.settings.generator.name} carry their configuration; leave --config out, or "
+                        f"name that of an official checkpoint")
 
     def cost(self, measure: Callable[[Callable], float], generator: nn.Module, label_map: Tensor) -> float:
         """What images of label maps (B, H, W) cost, in what `measure(call)` measures of a call."""

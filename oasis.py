@@ -193,11 +193,12 @@ class OASISGenerator(nn.Module):
             noise_ids = torch.arange(len(z), device=z.device).view(-1, 1, 1).expand_as(label_map)
         if z2 is not None:
             z, noise_ids = torch.cat([z, z2]), noise_ids + len(z) * region
+        x = None
         for i, block in enumerate(self.blocks):
             stride = 2 ** (BLOCKS - 1 - i)  # nearest resizing by a whole factor keeps every stride-th pixel
             labels, ids = (full[:, ::stride, ::stride] for full in (label_map, noise_ids))
             near = _neighborhoods(labels, z, ids, self.num_classes)
-            x = F.interpolate(x, scale_factor=2) if i else _channels_second(self.first(near), like=self.to_rgb.weight)
+            x = _channels_second(self.first(near), self.to_rgb.weight) if x is None else F.interpolate(x, scale_factor=2)
             x = block(x, near)
         return torch.tanh(self.to_rgb(F.leaky_relu(x, 0.2)))
 
@@ -278,20 +279,6 @@ class OASISDiscriminator(nn.Module):
         return self.to_logits(x)
 
 
-def labelmix_mask(label_map: Tensor, num_classes: int, generator: torch.Generator) -> Tensor:
-    """A fair coin for each class (void too), one for the whole batch: bool (B, 1, H, W), True = real. The published
-    code writes coins into the map that it still searches, so that ids 0 and 1 can be drawn twice; here the map is
-    only read. `generator` is on the CPU."""
-    coins = torch.randint(2, (num_classes + 1,), generator=generator).bool().to(label_map.device, non_blocking=True)
-    return coins[label_map].unsqueeze(1)
-
-
-def labelmix_loss(mixed_logits: Tensor, real_logits: Tensor, fake_logits: Tensor, mask: Tensor) -> Tensor:
-    """mean of (D(mix(real, fake)) - mix(D(real), D(fake)))^2 with mix(a, b) = mask a + (1 - mask) b (equation 3);
-    logits (B, K, H, W), mask bool (B, 1, H, W). The gradient flows into all three logits, as published."""
-    return F.mse_loss(torch.where(mask, real_logits, fake_logits), mixed_logits)
-
-
 # Our parameter names -> theirs, as regular expressions applied in this order.
 _OFFICIAL_NAMES = (
     (r"^first\.", "fc."), (r"^to_rgb\.", "conv_img."), (r"^blocks\.", "body."), (r"\.norm\.", ".first_norm."),
@@ -318,22 +305,13 @@ def _in_our_order(name: str, tensor: Tensor, network: nn.Module) -> Tensor:
     return torch.cat([tensor[2:], tensor[:2].flip(0)]) if name.startswith("to_logits.") else tensor
 
 
-def load_official(network: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+def load_official(network: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Load an official state dict (`best_EMA.pth`, `*_G.pth`, `*_D.pth`) into an OASISGenerator or -Discriminator.
 
     Their label channel 0 is unknown, our void; their channel c + 1 is our class c. That is ADE20K's png id
     c + 1 (C = 150), COCO-Stuff's png id c (C = 182) and Cityscapes' labelId c + 1 (C = 34; the last is unused).
-    `source` is the file's name, for messages. Raises ValueError for a missing, unknown or differently shaped entry.
+    Raises RuntimeError, which names them, for missing, unknown or differently shaped entries.
     """
-    wanted = network.state_dict()
-    ours = {official_name(name): name for name in wanted}
-    wrong = f"{source}: not the official file of this {type(network).__name__}"
-    for names, fault in ((ours.keys() - state.keys(), "lacks"), (state.keys() - ours.keys(), "has unknown entries")):
-        if names:
-            raise ValueError(f"{wrong}: it {fault} {min(names)} ({len(names)} in all); "
-                            "give *_EMA.pth or *_G.pth for the generator, *_D.pth for the discriminator")
-    for theirs, name in ours.items():
-        if state[theirs].shape != wanted[name].shape:
-            shapes = f"{tuple(state[theirs].shape)} and should be {tuple(wanted[name].shape)}"
-            raise ValueError(f"{wrong}: {theirs} is {shapes}; use the config of the file's data set and widths")
-    network.load_state_dict({name: _in_our_order(name, state[theirs], network) for theirs, name in ours.items()})
+    ours = {official_name(name): name for name in network.state_dict()}
+    renamed = {ours.get(name, name): tensor for name, tensor in state.items()}
+    network.load_state_dict({name: _in_our_order(name, tensor, network) for name, tensor in renamed.items()})

@@ -331,20 +331,11 @@ class SDMUNet(nn.Module):
                 h = layer(*inputs)
         return h
 
-    def load_official(self, state_dict: Mapping[str, Tensor], source: str = "state dict") -> None:
-        """Load an official state dict (`ema_0.9999_best.pt`, `model*.pt`). `source` names it in messages.
+    def load_official(self, state_dict: Mapping[str, Tensor]) -> None:
+        """Load an official state dict (`ema_0.9999_best.pt`, `model*.pt`).
 
         Label channels keep their order, which void_channel must therefore be right about.
-        Raises ValueError if a key is missing or unknown, or a shape differs; nothing is loaded then.
+        Raises RuntimeError, which names them, for missing, unknown or differently shaped entries.
         """
-        ours = {official_name(name): (name, value.shape) for name, value in self.state_dict().items()}
-        missing, unknown = [k for k in ours if k not in state_dict], [k for k in state_dict if k not in ours]
-        if missing or unknown:
-            raise ValueError(f"{source}: not the state dict of this SDM network: {len(missing)} keys missing "
-                             f"{missing[:3]}, {len(unknown)} unknown {unknown[:3]}; check multipliers, num_res_blocks "
-                             "and attention_strides")
-        for key, (_, shape) in ours.items():
-            if state_dict[key].shape != shape:
-                raise ValueError(f"{source}: {key} has shape {tuple(state_dict[key].shape)}, not {tuple(shape)}; check "
-                                 "num_classes, void_channel, instance_edges and base_channels")
-        self.load_state_dict({name: state_dict[key] for key, (name, _) in ours.items()})
+        ours = {official_name(name): name for name in self.state_dict()}
+        self.load_state_dict({ours.get(name, name): tensor for name, tensor in state_dict.items()})

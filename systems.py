@@ -147,8 +147,8 @@ class OASIS(Adversarial):
             return [{"z": self.stream(generator, key, k, 3, ids.numel()), "noise_ids": ids} for k in range(options.num)]
         return super().plan_noise(generator, label_map, key, options)
 
-    def load_official(self, generator: nn.Module, state: dict[str, Tensor], source: str) -> None:
-        load_official(generator, state, source)
+    def load_official(self, generator: nn.Module, state: dict[str, Tensor]) -> None:
+        load_official(generator, state)
 
 
 class SDM(System):
@@ -179,8 +179,8 @@ class SDM(System):
         given = self.settings.model_dump() | {"diffusion": self.settings.diffusion.model_dump() | changes}
         return SDM(check_settings(given, "--steps, --guidance"), self.num_classes)
 
-    def load_official(self, generator: nn.Module, state: dict[str, Tensor], source: str) -> None:
-        generator.load_official(state, source)
+    def load_official(self, generator: nn.Module, state: dict[str, Tensor]) -> None:
+        generator.load_official(state)
 
     def cost(self, measure: Callable[[Callable], float], generator: nn.Module, label_map: Tensor) -> float:
         """Extrapolated: the label encoding and one step, both passes of guidance, are measured; all steps are counted."""

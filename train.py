@@ -1,6 +1,6 @@
 """Train a model: torchrun --standalone [--nproc_per_node N] train.py --config FILE [key.path=value ...] [--resume]
 
-Everything goes to runs/NAME/: config.yaml, log.jsonl, metrics.jsonl, samples/STEP.png, checkpoints/.
+Everything goes to runs/NAME/: config.yaml, log.jsonl, metrics.jsonl, curves.png, samples/STEP.png, checkpoints/.
 """
 
 import argparse
@@ -28,6 +28,7 @@ from distributed import any_process, from_first_process, peak_memory, setup_dist
 from evaluation import evaluate_generator, higher_is_better, metric_names
 from interface import Trainer
 from judges import PerceptualNetwork, feature_network
+from plots import draw_curves, read_records
 from segmenter import segmenter_for
 from systems import system_for
 
@@ -67,8 +68,8 @@ def find_checkpoint(run: Path, settings: Settings, resume: bool) -> Path | None:
     if run.exists() and not resume:
         raise UserError(f"{run} exists; go on with --resume, or choose another name=...")
     if (run / "config.yaml").exists():
-        now = flatten(settings)
-        for key, value in flatten(load_settings(run / "config.yaml")).items():
+        now, before = (flatten(s.model_dump(mode="json")) for s in (settings, load_settings(run / "config.yaml")))
+        for key, value in before.items():
             if key.split(".")[0] in DECIDING and key != "data.workers" and now.get(key) != value:
                 raise UserError(f"{run}/config.yaml: {key} is {value!r}, now {now.get(key)!r}; resume with the same, or "
                                 f"choose another name=...")
@@ -199,6 +200,8 @@ def main(settings: Settings, resume: bool) -> None:
             if recorder.score(metrics) < recorder.best:
                 copy_checkpoint(run / "checkpoints" / "latest.pt", run / "checkpoints" / "best.pt")
             recorder.evaluation({"step": step, **metrics})
+            records = [record for name in ("metrics.jsonl", "log.jsonl") for record in read_records(run / name)]
+            draw_curves({run.name: [records]}, run / "curves.png")
 
     if source and due(train.eval_every, first) and from_first_process(lambda: recorder.latest["step"] < first):
         evaluate(first)  # the run ended after its save

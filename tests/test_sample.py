@@ -5,7 +5,8 @@ from conftest import TINY, error_line
 from PIL import Image
 
 import scenes
-from evaluate import image_samples
+from dataset import LAYOUTS
+from evaluate import partners
 
 
 @pytest.fixture
@@ -72,8 +73,7 @@ def test_a_class_table_travels_in_the_checkpoint(run, train, tmp_path, folder_da
     first = np.asarray(Image.open(folder_data / "val/labels/0.png").resize((32, 32), Image.Resampling.NEAREST))
     assert (sheet[:32, :32][first == 40] == [255, 0, 0]).all() and (sheet[:32, :32][first == 255] == 0).all()
     names = [str(i) for i in range(6)]
-    found = image_samples(tmp_path / "out", names, folder_data / "val/labels", {"data": data})
-    assert found == [[tmp_path / "out" / f"{name}.png"] for name in names]
+    assert partners(tmp_path / "out", names, LAYOUTS["folder"]) == [[tmp_path / "out" / f"{name}.png"] for name in names]
 
 
 def test_interpolation_goes_from_the_first_sample_to_the_second(run, model):
