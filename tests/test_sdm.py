@@ -198,9 +198,10 @@ def test_instance_edges_by_hand():
 
 
 @torch.no_grad()
-def test_label_features_computed_once_give_the_same_output():
-    unet, label_map = tiny_unet(), torch.randint(0, 4, (2, 8, 12))
-    noisy, t = torch.randn(2, 3, 8, 12), torch.tensor([5, 900])
+@pytest.mark.parametrize("size", [(8, 8), (2, 12)])
+def test_label_features_computed_once_give_the_same_output(size):
+    unet, label_map = tiny_unet(), torch.randint(0, 4, (2, *size))
+    noisy, t = torch.randn(2, 3, *size), torch.tensor([5, 900])
     with_labels = unet(noisy, t, label_map)
     without = unet(noisy, t, label_map, dropped=torch.tensor([True, True]))
     assert (with_labels - without).abs().max() > 1e-3
