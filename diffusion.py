@@ -11,7 +11,7 @@ with the label map, then those without.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -162,14 +162,16 @@ def seeded_noise(seeds: Sequence[int], size: Sequence[int]) -> Iterator[Tensor]:
 
 @torch.no_grad()
 def sample(unet: nn.Module, label_map: Tensor, noise: Iterator[Tensor], steps: int = TRAIN_STEPS, guidance: float = 1.5,
-           sampler: str = "ancestral", instances: Tensor | None = None, progress: bool = False) -> Tensor:
+           sampler: str = "ancestral", instances: Tensor | None = None, progress: bool = False,
+           preview: Callable[[Tensor], None] | None = None) -> Tensor:
     """Images of a label map, on the label map's device.
 
     label_map: int64 (B, H, W) in 0..C. noise: gives (B, 3, H, W) at a time, such as `seeded_noise(seeds, (H, W))`.
     steps: 2..1000. guidance: 1 is the conditional model, 0 the unconditional, 1.5 published; other than 1 wants a
     network trained with dropped label maps. sampler: "ancestral" (a draw each step, the learned variance; the official
     chain at 1000 steps) or "ddim" (the first noise decides the image). instances: integer (B, H, W), instance ids where
-    the network takes them. progress: show a bar.
+    the network takes them. progress: show a bar. preview: called at each step with the image
+    (B, 3, H, W) in [-1, 1] that the noisy one is taken for.
     On a GPU the network runs in bf16. Returns (B, 3, H, W) in [-1, 1]. Raises ValueError on steps or sampler.
     """
     if sampler not in SAMPLERS:
@@ -184,6 +186,8 @@ def sample(unet: nn.Module, label_map: Tensor, noise: Iterator[Tensor], steps: i
             output = unet(x, s.t[index].expand(len(x)), features)
         if guidance != 1:
             output = guide(output, guidance)
+        if preview is not None:
+            preview(predict_image(x, output[:, :3].float(), index, s).clamp(-1, 1))
         if sampler == "ddim":
             x = ddim_step(x, output, index, s)
         else:

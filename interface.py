@@ -4,7 +4,7 @@ A system of your own is a subclass of each in a file of its own, and one line in
 """
 
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
@@ -112,8 +112,12 @@ class System:
         """What trains a generator as the settings say; the seed decides its first weights. Raises UserError."""
         raise NotImplementedError
 
-    def generate(self, generator: nn.Module, label_map: Tensor, seeds: list[int], k: int, *instances: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1] of label maps (B, H, W): sample k of each. Noise follows from seeds[i] and k."""
+    def generate(self, generator: nn.Module, label_map: Tensor, seeds: list[int], k: int, *instances: Tensor,
+                 preview: Callable[[Tensor], None] | None = None) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1] of label maps (B, H, W): sample k of each. Noise follows from seeds[i] and k.
+
+        preview: called on the way with what the images look like so far, by systems that take many steps.
+        """
         raise NotImplementedError
 
     def sampler(self, generator: nn.Module) -> Callable[..., Tensor]:
@@ -124,17 +128,19 @@ class System:
 
         return sample
 
-    def draw(self, generator: nn.Module, maps: list[Tensor], key: tuple[int, int], options: Namespace) -> Iterator[Tensor]:
-        """The images of one label map in turn, uint8 (3, H, W), for sample.py.
+    def draw(self, generator: nn.Module, maps: list[Tensor], key: tuple[int, int], options: Namespace,
+             numbers: Iterable[int] | None = None, preview: Callable[[Tensor], None] | None = None) -> Iterator[Tensor]:
+        """The images of one label map in turn, uint8 (3, H, W), for sample.py and paint.py.
 
         Args:
             maps: the label map (1, H, W) int64, and its instance map if there is one.
             key: the seed, and a number that stands for the map's name.
-            options: those of sample.py.
+            options: those of sample.py. numbers: which of the images that they ask for; all of them by default.
+            preview: as in `generate`, with uint8 (3, H, W).
         """
-        sample = self.sampler(generator)
-        for k in range(options.num):
-            yield sample(maps[0], [sample_seed(*key)], k, *maps[1:])[0]
+        coarse = preview and (lambda images: preview(to_uint8(images)[0]))
+        for k in range(options.num) if numbers is None else numbers:
+            yield to_uint8(self.generate(generator, maps[0], [sample_seed(*key)], k, *maps[1:], preview=coarse))[0]
 
     def with_options(self, options: Namespace) -> "System":
         """This system with the settings that options of sample.py change. Raises UserError."""

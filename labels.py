@@ -6,6 +6,7 @@ the host and int64 on the device. Label files keep the ids or colors of their da
 """
 
 import csv
+import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -117,10 +118,14 @@ def is_color(color) -> bool:
 
 
 @contextmanager
-def open_image(path: str | Path) -> Iterator[Image.Image]:
-    """An image file, not yet decoded, for a `with` block. Raises UserError for what Pillow raises, in the block too."""
+def open_image(path: str | Path, content: bytes | None = None) -> Iterator[Image.Image]:
+    """An image file, not yet decoded, for a `with` block. Raises UserError for what Pillow raises, in the block too.
+
+    content: what is in the file, where `path` is only its name.
+    """
     try:
-        with Image.open(path, formats=("PNG", "JPEG", "WEBP", "BMP", "TIFF")) as image:  # others (EPS) are programs
+        source = path if content is None else io.BytesIO(content)
+        with Image.open(source, formats=("PNG", "JPEG", "WEBP", "BMP", "TIFF")) as image:  # others (EPS) are programs
             yield image
     except UserError:
         raise
@@ -171,8 +176,9 @@ def decode_label(image: Image.Image, path: str | Path, form: LabelFormat) -> np.
                     "raise data.classes, or set data.void (0 to 255) to the id of unlabelled pixels")
 
 
-def read_label_file(path: str | Path, num_classes: int, palette, ids) -> np.ndarray:
-    """A label file of any size -> uint8 (H, W) in 0..C; palette and ids as in `LabelFormat`. Raises UserError."""
-    with open_image(path) as image:
+def read_label_file(path: str | Path, num_classes: int, palette, ids, content: bytes | None = None) -> np.ndarray:
+    """A label file of any size -> uint8 (H, W) in 0..C; palette and ids as in `LabelFormat`, content as in
+    `open_image`. Raises UserError."""
+    with open_image(path, content) as image:
         form = LabelFormat([""] * num_classes, np.asarray(palette, np.uint8), np.asarray(ids, np.uint8))
         return decode_label(image, path, form)

@@ -4,30 +4,19 @@ import numpy as np
 import torch
 
 
-class FeatureStatistics:
-    """Mean and covariance of feature vectors, accumulated in float64 in one pass."""
+def mean_and_covariance(batches: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(D,) mean and (D, D) unbiased covariance of feature vectors, summed in float64 batch by batch (B, D).
 
-    def __init__(self):
-        self.count, self.total, self.outer = 0, 0.0, 0.0
-
-    def update(self, features: torch.Tensor) -> None:
-        """Add features (B, D)."""
-        x = features.detach().cpu().double()
-        self.count += len(x)
-        self.total = self.total + x.sum(0)
-        self.outer = self.outer + x.T @ x
-
-    def merge(self, other: "FeatureStatistics") -> None:
-        """Add what another process has seen."""
-        self.count += other.count
-        self.total, self.outer = self.total + other.total, self.outer + other.outer
-
-    def mean_and_covariance(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(D,) mean and (D, D) unbiased covariance, float64. Raises ValueError below two images."""
-        if self.count < 2:
-            raise ValueError(f"{self.count} images: the Frechet distance needs at least 2")
-        mean = self.total / self.count
-        return mean, (self.outer - self.count * torch.outer(mean, mean)) / (self.count - 1)
+    Raises ValueError below two images.
+    """
+    total, outer, count = 0.0, 0.0, sum(map(len, batches))
+    if count < 2:
+        raise ValueError(f"{count} images: the Frechet distance needs at least 2")
+    for batch in batches:
+        x = batch.double()
+        total, outer = total + x.sum(0), outer + x.T @ x
+    mean = total / count
+    return mean, (outer - count * torch.outer(mean, mean)) / (count - 1)
 
 
 def frechet_distance(mean1: torch.Tensor, cov1: torch.Tensor, mean2: torch.Tensor, cov2: torch.Tensor) -> float:

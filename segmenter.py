@@ -6,17 +6,19 @@ Where none is given, a small U-Net is trained on the real training split; it sha
 from collections.abc import Callable
 from pathlib import Path
 
+import huggingface_hub
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from backbones import answers
 from checkpoint import save_checkpoint
 from config import DataSettings, Settings, UserError, shorten
-from dataset import LabeledImages, build_dataset, leave_signals_to_parent
+from dataset import build_dataset, leave_signals_to_parent
 from distributed import gather
-from evaluation import cache_file, data_key
+from evaluation import cache_file
 from judges import file_sha256
 from labels import label_format
 
@@ -62,7 +64,7 @@ class Segmenter:
     """A judge: images (B, 3, H, W) uint8 -> class ids (B, H, W) int64 in 0..C, C = none of the data set's classes.
 
     Args:
-        predict: images uint8 -> the network's own ids (B, h, w).
+        predict: images uint8 -> the network's logits (B, K, h, w) or ids (B, h, w).
         mapping: the network's id -> class of the data set, or -1 for none.
         class_names: the data set's C classes.
         description: what a result file says of it.
@@ -82,19 +84,22 @@ class Segmenter:
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        ids = self.predict(images).long()
+        ids, size = self.predict(images), images.shape[2:]
+        if ids.ndim == 4:
+            ids = F.interpolate(ids, size=size, mode="bilinear", align_corners=False).argmax(1)
+        ids = F.interpolate(ids[:, None].float(), size=size, mode="nearest")[:, 0].long()
         if ids.min() < 0 or ids.max() >= len(self.lookup):
             raise UserError(f"segmenter {self.description['name']}: gave id {int(ids.max())}, but its mapping has "
                             f"{len(self.lookup)} entries; set eval.segmenter_mapping to one class a segmenter id")
-        if ids.shape[1:] != images.shape[2:]:
-            ids = F.interpolate(ids[:, None].float(), size=images.shape[2:], mode="nearest")[:, 0].long()
         return self.lookup.to(ids.device)[ids]
 
 
 def train_segmenter(settings: DataSettings, steps: int, device: torch.device | str, seed: int = 0) -> dict:
-    """Train a SmallUNet on the real training split: random crops, flips and color; weighted cross-entropy without void.
+    """Train a SmallUNet on the real training split: random crops, flips and color.
 
-    Returns: what `load_segmenter` reads: weights, class_names, size, steps.
+    The loss is a cross-entropy without void, a class weighted by 1 / sqrt(its share of the pixels).
+
+    Returns: what `segmenter_for` keeps: weights, class_names, size, steps.
     """
     dataset = build_dataset(settings.model_copy(update={"load_scale": LOAD_SCALE, "instances": False}), "train", seed,
                             augment=True)
@@ -102,7 +107,12 @@ def train_segmenter(settings: DataSettings, steps: int, device: torch.device | s
     draws = torch.randint(len(dataset), (steps * BATCH_SIZE,), generator=random).tolist()
     loader = DataLoader(dataset, BATCH_SIZE, sampler=[(index, draw) for draw, index in enumerate(draws)],
                         num_workers=settings.workers, generator=random, worker_init_fn=leave_signals_to_parent)
-    weights = class_weights(dataset).to(device)
+    count = torch.zeros(dataset.num_classes + 1)  # pixels of each class, of about 100 images
+    for index in range(0, len(dataset), max(1, len(dataset) // 100)):
+        count += torch.bincount(dataset[index][1].flatten().long(), minlength=len(count))
+    share = count[:-1] / count[:-1].sum().clamp_min(1)
+    weights = (share + 1e-3).rsqrt()
+    weights = (weights / (weights * share).sum().clamp_min(1e-6)).to(device)  # a mean of 1 over the labelled pixels
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = SmallUNet(dataset.num_classes).to(device, memory_format=torch.channels_last)
@@ -121,36 +131,30 @@ def train_segmenter(settings: DataSettings, steps: int, device: torch.device | s
             "size": list(dataset.size), "steps": steps}
 
 
-def class_weights(dataset: LabeledImages) -> torch.Tensor:
-    """(C,) weights 1 / sqrt(share of pixels), with a mean of 1 over the labelled pixels, from about 100 images."""
-    count = torch.zeros(dataset.num_classes + 1)
-    for index in range(0, len(dataset), max(1, len(dataset) // 100)):
-        count += torch.bincount(dataset[index][1].flatten().long(), minlength=len(count))
-    share = count[:-1] / count[:-1].sum().clamp_min(1)
-    weights = (share + 1e-3).rsqrt()
-    return weights / (weights * share).sum().clamp_min(1e-6)
+def segmenter_for(settings: Settings, cache_dir: str | Path, device: torch.device | str, rank: int = 0) -> Segmenter:
+    """The judge that the settings ask for: the one they name, or one trained here once and kept in `cache_dir`.
 
-
-def load_segmenter(source: str, class_names: list[str], size: tuple[int, int], device: torch.device | str,
-                   mapping: list[int] | None = None) -> Segmenter:
-    """A judge by name.
-
-    Args:
-        source: a file that `segmenter_for` keeps; a TorchScript file (.pt) or `torch.export` file (.pt2) that takes
-            float RGB (B, 3, H, W) in [0, 1] and gives logits (B, K, h, w) or ids (B, h, w); or `hf:NAME`, a semantic
-            segmentation model of the transformers package.
-        class_names, size: the data set's classes and (height, width).
-        mapping: class of the data set for each of the segmenter's ids, -1 for none. None: by name for `hf:`, else the
-            segmenter's classes must be the data set's.
+    Under torch.distributed every process calls it; the first one trains. `eval.segmenter` is a file that was kept so; a
+    TorchScript file (.pt) or `torch.export` file (.pt2) that takes float RGB (B, 3, H, W) in [0, 1] and gives logits
+    (B, K, h, w) or ids (B, h, w); or `hf:NAME`, a semantic segmentation model of the transformers package.
+    `eval.segmenter_mapping` is the class of the data set for each of the segmenter's ids, -1 for none. None: by name,
+    or the same where a file has no names.
 
     Raises:
         UserError: unreadable file, or classes that do not fit the data set.
     """
-    path, identity = Path(source), list(range(len(class_names)))
+    data, source, mapping = settings.data, settings.eval.segmenter, settings.eval.segmenter_mapping
+    class_names = label_format(data).class_names
+    if source is None:
+        dataset, steps = build_dataset(data, "train"), settings.eval.segmenter_steps
+        source = cache_file(cache_dir, "segmenter", RECIPE, dataset, list(range(len(dataset))), class_names, steps)
+        if rank == 0 and not source.is_file():
+            save_checkpoint(train_segmenter(data, steps, device), source)
+        gather(None)  # the others wait for the file
+    path, source = Path(source), str(source)
     if source.startswith("hf:"):
         predict, names = _hugging_face(source[3:], device)
         count, description = len(names), {"name": source}
-        mapping = _match_names(names, class_names, source) if mapping is None else mapping
     elif not path.is_file():
         raise UserError(f"eval.segmenter: {path} is not a file; give a TorchScript or torch.export file, or hf:NAME")
     else:
@@ -159,35 +163,24 @@ def load_segmenter(source: str, class_names: list[str], size: tuple[int, int], d
             state = torch.load(path, map_location="cpu", weights_only=True)
             description |= {"trained_size": state["size"], "trained_steps": state["steps"]}
         except Exception:  # not a file of ours; TorchScript and exported programs raise various errors here
-            predict, count = _exported(path, size, device)
-            mapping = identity if mapping is None else mapping
+            names, (predict, count) = class_names, _exported(path, data.size, device)
         else:
-            predict, count, mapping = _trained_here(state, class_names, source, device), len(identity), identity
-    if count not in (None, len(mapping)) or not set(mapping) <= {-1, *identity}:
+            names, count = state["class_names"], len(state["class_names"])
+            network = SmallUNet(count)
+            network.load_state_dict(state["weights"])
+            network.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+            predict = lambda images: network((images.float() / 127.5 - 1).to(memory_format=torch.channels_last))
+    if mapping is None:
+        plain = lambda name: name.split(",")[0].split(";")[0].strip().lower().replace("-", " ")
+        known = {plain(name): c for c, name in enumerate(class_names)} | {name: c for c, name in enumerate(class_names)}
+        mapping = [known.get(name, known.get(plain(name))) for name in names]
+        if None in mapping:
+            raise UserError(f"segmenter {source}: its class {names[mapping.index(None)]!r} is not in the data set; set "
+                            f"eval.segmenter_mapping to one class (or -1) for each of its {len(names)} classes")
+    if count not in (None, len(mapping)) or not set(mapping) <= {-1, *range(len(class_names))}:
         raise UserError(f"segmenter {source}: eval.segmenter_mapping is {shorten(mapping)}; it needs an entry for each "
-                        f"of its {count or len(mapping)} classes: 0 to {len(identity) - 1}, or -1 for none")
+                        f"of its {count or len(mapping)} classes: 0 to {len(class_names) - 1}, or -1 for none")
     return Segmenter(predict, mapping, class_names, description)
-
-
-def _trained_here(state: dict, class_names: list[str], source: str, device: torch.device | str) -> Callable:
-    """`predict` of what `train_segmenter` gave."""
-    if state["class_names"] != list(class_names):
-        raise UserError(f"{source}: trained on the classes {state['class_names']}, not on the data set's "
-                        f"{list(class_names)}; leave eval.segmenter out, and one is trained")
-    network = SmallUNet(len(class_names))
-    network.load_state_dict(state["weights"])
-    network.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
-    return lambda images: network((images.float() / 127.5 - 1).to(memory_format=torch.channels_last)).argmax(1)
-
-
-def _match_names(names: list[str], class_names: list[str], source: str) -> list[int]:
-    plain = lambda name: name.split(",")[0].split(";")[0].strip().lower().replace("-", " ")
-    known = {plain(name): c for c, name in enumerate(class_names)}
-    missing = [name for name in names if plain(name) not in known]
-    if missing:
-        raise UserError(f"segmenter {source}: its class {missing[0]!r} is not in the data set ({len(missing)} such); "
-                        f"set eval.segmenter_mapping to one class (or -1) for each of its {len(names)} classes")
-    return [known[plain(name)] for name in names]
 
 
 def _exported(path: Path, size: tuple[int, int], device: torch.device | str) -> tuple[Callable, int | None]:
@@ -198,21 +191,15 @@ def _exported(path: Path, size: tuple[int, int], device: torch.device | str) -> 
         with torch.no_grad():
             output = network(torch.zeros(1, 3, *size, device=device))
     except Exception as error:  # as many kinds as there are files
-        reason = str(error).strip().splitlines()[-1][:120]
-        raise UserError(f"segmenter {path}: cannot be loaded and run on {tuple(size)} images ({reason}); export it "
-                        f"with torch.jit or torch.export") from error
-
-    def predict(images: torch.Tensor) -> torch.Tensor:
-        logits = network(images.float() / 255)
-        if logits.ndim == 3:
-            return logits
-        return F.interpolate(logits, size=images.shape[2:], mode="bilinear", align_corners=False).argmax(1)
-
-    return predict, output.shape[1] if output.ndim == 4 else None
+        raise UserError(f"segmenter {path}: cannot be loaded and run on {size} images ({error!r:.150}); export it with "
+                        f"torch.jit or torch.export") from error
+    return lambda images: network(images.float() / 255), output.shape[1] if output.ndim == 4 else None
 
 
 def _hugging_face(name: str, device: torch.device | str) -> tuple[Callable, list[str]]:
     """(predict, class names) of a transformers model: SegFormer, UperNet, Mask2Former and their like."""
+    if not Path(name).is_dir() and not answers(huggingface_hub.constants.ENDPOINT):
+        huggingface_hub.constants.HF_HUB_OFFLINE = True  # its client would ask on for a minute
     try:
         from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, AutoModelForUniversalSegmentation
         processor = AutoImageProcessor.from_pretrained(name)
@@ -221,8 +208,8 @@ def _hugging_face(name: str, device: torch.device | str) -> tuple[Callable, list
         except ValueError:  # Mask2Former and OneFormer are of the other kind
             network = AutoModelForUniversalSegmentation.from_pretrained(name)
     except (ImportError, OSError, ValueError) as error:
-        raise UserError(f"eval.segmenter: hf:{name} cannot be had ({str(error).splitlines()[0][:120]}); pip install "
-                        f"transformers; without a connection give the folder of a downloaded one, hf:FOLDER") from error
+        raise UserError(f"eval.segmenter: hf:{name} cannot be had ({error!r:.120}); pip install transformers; without "
+                        f"a connection give the folder of a downloaded one, hf:FOLDER") from error
     network = network.to(device).eval()
 
     def predict(images: torch.Tensor) -> torch.Tensor:
@@ -231,20 +218,3 @@ def _hugging_face(name: str, device: torch.device | str) -> tuple[Callable, list
         return torch.stack(list(maps)).to(images.device)
 
     return predict, [network.config.id2label[i] for i in range(len(network.config.id2label))]
-
-
-def segmenter_for(settings: Settings, cache_dir: str | Path, device: torch.device | str, rank: int = 0) -> Segmenter:
-    """The judge that the settings ask for: the one they name, or one trained here once and kept in `cache_dir`.
-
-    Under torch.distributed every process calls it; the first one trains.
-    """
-    data, source, steps = settings.data, settings.eval.segmenter, settings.eval.segmenter_steps
-    if source is None:
-        dataset = build_dataset(data, "train")
-        key = data_key(dataset, list(range(len(dataset))))
-        source = cache_file(cache_dir, "segmenter", RECIPE, key, dataset.class_names, steps)
-        if rank == 0 and not source.is_file():
-            save_checkpoint(train_segmenter(data, steps, device), source)
-        gather(None)  # the others wait for the file
-    class_names = label_format(data).class_names
-    return load_segmenter(str(source), class_names, data.size, device, settings.eval.segmenter_mapping)

@@ -7,7 +7,7 @@ import inspect
 import pkgutil
 import typing
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -91,13 +91,14 @@ class Adversarial(System):
         discriminator = DISCRIMINATORS[settings.discriminator.name](*needed, **settings.discriminator.arguments)
         return GAN(generator, discriminator, backbone, settings, device)
 
-    def generate(self, generator: nn.Module, label_map: Tensor, seeds: list[int], k: int) -> Tensor:
+    def generate(self, generator: nn.Module, label_map: Tensor, seeds: list[int], k: int, preview=None) -> Tensor:
         return generator(label_map, noise([(seed, k) for seed in seeds], generator.z_dim, label_map.device))
 
-    def draw(self, generator: nn.Module, maps: list[Tensor], key: tuple[int, int], options: Namespace) -> Iterator[Tensor]:
+    def draw(self, generator: nn.Module, maps: list[Tensor], key: tuple[int, int], options: Namespace,
+             numbers: Iterable[int] | None = None, preview=None) -> Iterator[Tensor]:
         plan = self.plan_noise(generator, maps[0], key, options)
         kept = to_uint8(generator(maps[0], z=plan[0]["z"]))[0] if options.resample is not None else None
-        for given in plan:
+        for given in plan if numbers is None else map(plan.__getitem__, numbers):
             image = to_uint8(generator(maps[0], **given))[0]
             yield image if kept is None else torch.where(given["region"], image, kept)
 
@@ -168,11 +169,13 @@ class SDM(System):
         torch.manual_seed(self.settings.seed)
         return Diffusion(self.build(), self.settings, device)
 
-    def generate(self, generator: nn.Module, label_map: Tensor, seeds: list[int], k: int, *instances: Tensor) -> Tensor:
+    def generate(self, generator: nn.Module, label_map: Tensor, seeds: list[int], k: int, *instances: Tensor,
+                 preview: Callable[[Tensor], None] | None = None) -> Tensor:
         given = self.settings.diffusion
         noises = diffusion.seeded_noise([sample_seed(seed, k) for seed in seeds], label_map.shape[1:])
+        alone = not dist.is_initialized() or dist.get_rank() == 0
         return diffusion.sample(generator, label_map, noises, given.steps, given.guidance, given.sampler, *instances,
-                                progress=not dist.is_initialized() or dist.get_rank() == 0)
+                                preview=preview, progress=preview is None and alone)
 
     def with_options(self, options: Namespace) -> System:
         changes = {key: value for key in ("steps", "guidance") if (value := getattr(options, key)) is not None}

@@ -3,14 +3,17 @@
 import json
 import shutil
 import sys
+from argparse import Namespace
 
 import pytest
+import torch
 import yaml
 from conftest import TINY, error_line
 from PIL import Image
 
-from config import UserError, check_settings
-from evaluate import main, open_folders
+from config import UserError
+from evaluate import main, prepare
+from interface import sample_seed
 
 
 @pytest.fixture
@@ -56,41 +59,41 @@ def test_refuses_in_one_line(run, monkeypatch):
         main()
 
 
-def opened(folders, images):
-    data = {"name": "folder", "size": [40, 48], "classes": 3, "void": 255}
-    settings = check_settings({"data": data}, "test")
-    return open_folders(folders / images, folders / "labels", folders / "real", settings.data)
+def opened(folders):
+    args = Namespace(checkpoint=None, images=folders / "images", labels=folders / "labels", real=folders / "real",
+                     config=folders / "config.yaml", overrides=["eval.diversity_samples=3"])
+    return prepare(args, torch.device("cpu"))
 
 
 def test_several_samples_of_a_label_map(folders):
     (folders / "images").mkdir()
-    for name in (*(f"{i}_{k}" for i in range(6) for k in range(2)), "grid"):  # as sample.py --num 2 --grid
-        Image.new("RGB", (48, 40)).save(folders / "images" / f"{name}.png")
-    dataset, samples = opened(folders, "images")
-    assert [path.name for path in samples[4]] == ["4_0.png", "4_1.png"]
-    assert [path.name for path in dataset.pairs[4]] == ["4.png", "4.png"]
+    for shade, name in enumerate((*(f"{i}_{k}" for i in range(6) for k in range(2)), "grid")):  # as sample.py writes them
+        Image.new("RGB", (48, 40), (shade, 0, 0)).save(folders / "images" / f"{name}.png")
+    generate, dataset, settings, *_ = opened(folders)
+    assert [path.name for path in dataset.pairs[4]] == ["4.png", "4.png"] and settings.eval.diversity_samples == 2
+    images = generate(torch.zeros(2, 40, 48), [sample_seed(0, index) for index in (4, 1)], 1)
+    assert images[:, 0, 0, 0].tolist() == [9, 3] and images.shape == (2, 3, 40, 48)
     (folders / "images" / "4_1.png").unlink()
     with pytest.raises(UserError, match="4.png: 1 such images, not 2"):
-        opened(folders, "images")
+        opened(folders)
 
 
 def test_wrong_folders_are_named(folders):
     images, real = folders / "images", folders / "real" / "5.png"
     blank = Image.new("RGB", (8, 6))
     for spoil, message in [
-            (lambda: (images / "3.png").unlink(), "images/3.png: 0 such images, not 1; .* 6 label maps"),
+            (lambda: (images / "3.png").unlink(), "images/3.png: 0 such images, not 1"),
             (lambda: blank.save(images / "more.png"), "more.png: no label map of that name"),
-            (lambda: blank.save(images / "2.png"), r"2.png: 8 x 6, .* data.size=\[6,8\]"),
+            (lambda: blank.save(images / "2.png"), r"2.png: 8 x 6, .*data.size=\[6,8\]"),
             (lambda: (images / "2.png").write_text("x"), "2.png"),
             (lambda: real.unlink(), "real/5.png: 0 such images"),
-            (lambda: shutil.copy(images / "5.png", images / "5.jpg"), "5.png: a second file of the name"),
-            (lambda: [path.unlink() for path in images.iterdir()], "images: no such folder, or no images"),
-            (lambda: shutil.rmtree(images), "images: no such folder")]:
+            (lambda: shutil.rmtree(images), "images/0.png: 0 such images"),
+            (lambda: shutil.rmtree(folders / "labels"), "labels: no such folder")]:
         shutil.rmtree(images, ignore_errors=True)
         shutil.copytree(folders / "real", images)
         backup = real.read_bytes()
         spoil()
         with pytest.raises(UserError, match=message) as error:
-            opened(folders, "images")
+            opened(folders)
         assert "\n" not in str(error.value)
         real.write_bytes(backup)

@@ -68,7 +68,7 @@ def test_real_images_are_cached_under_their_own_key(tmp_path, monkeypatch):
 
 
 def test_one_image_is_too_few(tmp_path):
-    with pytest.raises(ValueError, match="at least 2; raise eval.num_images"):
+    with pytest.raises(ValueError, match="needs at least 2"):
         measure(tmp_path, num_images=1)
 
 

@@ -11,14 +11,9 @@ from torch_fidelity.metric_kid import kid_features_to_metric
 import metrics
 
 
-def statistics_of(x, parts=3):
-    """Of features (N, D), merged from parts."""
-    merged = metrics.FeatureStatistics()
-    for part in np.array_split(x, parts):
-        statistics = metrics.FeatureStatistics()
-        statistics.update(torch.from_numpy(part))
-        merged.merge(statistics)
-    return merged.mean_and_covariance()
+def statistics_of(x):
+    """Of features (N, D), in batches."""
+    return metrics.mean_and_covariance([torch.from_numpy(part) for part in np.array_split(x, 4)])
 
 
 @pytest.mark.parametrize("count", [20, 200])  # fewer and more than dimensions
@@ -42,11 +37,11 @@ def test_frechet_distance_by_hand():
 
 def test_statistics_in_parts_equal_numpy():
     x = np.random.default_rng(2).normal(100, 1e-2, size=(50, 8))  # a mean far above the spread
-    mean, cov = statistics_of(x, parts=4)
+    mean, cov = statistics_of(x)
     np.testing.assert_allclose(mean, x.mean(0))
     np.testing.assert_allclose(cov, np.cov(x, rowvar=False), atol=1e-9)
     with pytest.raises(ValueError, match="at least 2"):
-        statistics_of(x[:1])
+        metrics.mean_and_covariance([torch.ones(1, 8)])
 
 
 @pytest.mark.parametrize("size", [10, 25])  # subsets, and one set used whole

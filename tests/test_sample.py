@@ -5,7 +5,7 @@ from conftest import TINY, error_line
 from PIL import Image
 
 import scenes
-from dataset import LAYOUTS
+from config import DataSettings
 from evaluate import partners
 
 
@@ -73,7 +73,8 @@ def test_a_class_table_travels_in_the_checkpoint(run, train, tmp_path, folder_da
     first = np.asarray(Image.open(folder_data / "val/labels/0.png").resize((32, 32), Image.Resampling.NEAREST))
     assert (sheet[:32, :32][first == 40] == [255, 0, 0]).all() and (sheet[:32, :32][first == 255] == 0).all()
     names = [str(i) for i in range(6)]
-    assert partners(tmp_path / "out", names, LAYOUTS["folder"]) == [[tmp_path / "out" / f"{name}.png"] for name in names]
+    found = partners(tmp_path / "out", DataSettings(name="folder"), names)
+    assert found == {name: [tmp_path / "out" / f"{name}.png"] for name in names}
 
 
 def test_interpolation_goes_from_the_first_sample_to_the_second(run, model):
