@@ -138,9 +138,9 @@ class System:
             options: those of sample.py. numbers: which of the images that they ask for; all of them by default.
             preview: as in `generate`, with uint8 (3, H, W).
         """
-        coarse = preview and (lambda images: preview(to_uint8(images)[0]))
+        more = {"preview": lambda images: preview(to_uint8(images)[0])} if preview else {}  # a system may do without
         for k in range(options.num) if numbers is None else numbers:
-            yield to_uint8(self.generate(generator, maps[0], [sample_seed(*key)], k, *maps[1:], preview=coarse))[0]
+            yield to_uint8(self.generate(generator, maps[0], [sample_seed(*key)], k, *maps[1:], **more))[0]
 
     def with_options(self, options: Namespace) -> "System":
         """This system with the settings that options of sample.py change. Raises UserError."""

@@ -67,7 +67,8 @@ def opened(folders):
 
 def test_several_samples_of_a_label_map(folders):
     (folders / "images").mkdir()
-    for shade, name in enumerate((*(f"{i}_{k}" for i in range(6) for k in range(2)), "grid")):  # as sample.py writes them
+    names = [f"{i}_{k}" for i in range(6) for k in range(2)]  # as sample.py --num 2 --grid writes them
+    for shade, name in enumerate([*names, "grid"]):
         Image.new("RGB", (48, 40), (shade, 0, 0)).save(folders / "images" / f"{name}.png")
     generate, dataset, settings, *_ = opened(folders)
     assert [path.name for path in dataset.pairs[4]] == ["4.png", "4.png"] and settings.eval.diversity_samples == 2

