@@ -94,7 +94,8 @@ def newest_checkpoint() -> Path:
     """The youngest runs/*/checkpoints/latest.pt. Raises UserError if there is none."""
     found = sorted(Path("runs").glob("*/checkpoints/latest.pt"), key=lambda path: path.stat().st_mtime)
     if not found:
-        raise UserError("runs/*/checkpoints/latest.pt: none here; train a model or name one with --checkpoint")
+        raise UserError("runs/*/checkpoints/latest.pt: none here; torchrun --standalone train.py --config config.yaml makes "
+                        "one in under ten minutes, or name one with --checkpoint")
     return found[-1]
 
 

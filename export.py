@@ -1,0 +1,120 @@
+"""A generator for others: python export.py --out FOLDER [--checkpoint FILE] [--runtime FOLDER] [--config FILE]
+
+writes FOLDER/model.onnx, which needs none of this code: label_map int64 (1, H, W) in 0..C, z float32 (1, z_dim), and
+z2, the noise where region, bool (1, H, W), is true -> image float32 (1, 3, H, W) in [-1, 1]. Beside it lies the page
+of paint.py, which draws with it in the browser. Any web server serves FOLDER: python -m http.server -d FOLDER
+
+--runtime is the folder of onnxruntime-web that `npm pack onnxruntime-web && tar xf onnxruntime-web-*.tgz` makes.
+"""
+
+import argparse
+import base64
+import json
+import shutil
+import zlib
+from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+import torch.nn.functional as F
+from onnx import helper, numpy_helper
+from torch import Tensor, nn
+
+from checkpoint import load_generator, newest_checkpoint
+from config import UserError, run_script
+from dataset import evenly_spaced, example_pairs
+
+RUNTIME = ("ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm")
+MOST_ERROR = 1e-3    # of the file against PyTorch, images in [-1, 1]
+MOST_ROUNDING = 2    # by float16 weights, images in 0..255
+EXAMPLES = 24        # label maps to start from
+
+# What torch's exporter refuses or makes loops of, in plain operations.
+PLAIN = {"scaled_dot_product_attention": lambda q, k, v: (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v,
+         "embedding_bag": lambda rows, table, mode: sum(F.embedding(column, table) for column in rows.unbind(1))}
+
+
+def halve_weights(path: Path, smaller: Path) -> None:
+    """Store the weights of a model as float16. It computes in float32 all the same."""
+    model = onnx.load(path)
+    for weight in list(model.graph.initializer):
+        values = numpy_helper.to_array(weight)
+        if values.dtype == np.float32:
+            half = numpy_helper.from_array(values.astype(np.float16), f"{weight.name}_half")
+            model.graph.initializer.remove(weight)
+            model.graph.initializer.append(half)
+            model.graph.node.insert(0, helper.make_node("Cast", [half.name], [weight.name], to=onnx.TensorProto.FLOAT))
+    onnx.save(model, smaller)
+
+
+def largest_error(path: Path, generator: nn.Module, batches: list[dict[str, Tensor]]) -> float:
+    """Largest difference between the images of a file and of the generator; NaN where there is one."""
+    session, errors = onnxruntime.InferenceSession(path), []
+    for inputs in batches:
+        image = session.run(None, {entry.name: inputs[entry.name].numpy() for entry in session.get_inputs()})[0]
+        errors.append((torch.from_numpy(image) - generator(**inputs)).abs().max())
+    return torch.stack(errors).max().item()
+
+
+@torch.no_grad()
+def main(arguments: argparse.Namespace) -> None:
+    out, runtime = arguments.out, arguments.runtime / "dist"
+    system, generator, state = load_generator(arguments.checkpoint or newest_checkpoint(), "cpu", arguments.config)
+    settings, (height, width) = system.settings, system.settings.data.size
+    if "resample" not in system.options:
+        raise UserError(f"{settings.generator.name}: takes many steps for an image; export.py takes systems with one")
+    if not all((runtime / name).is_file() for name in RUNTIME):
+        raise UserError(f"{runtime}: no onnxruntime-web; run npm pack onnxruntime-web && tar xf onnxruntime-web-*.tgz, "
+                        f"and name the folder `package` that this makes with --runtime")
+    if out.exists():
+        raise UserError(f"{out} exists; choose another --out")
+    pairs = example_pairs(settings.data, state["class_names"])
+    maps = [pairs[i][1] for i in evenly_spaced(len(pairs), EXAMPLES)] if pairs else []
+    stripes = torch.arange(height * width).view(height, width) // width % (system.num_classes + 1)
+    batches = [{"label_map": label[None].long(), "z": torch.randn(1, generator.z_dim),
+                "z2": torch.randn(1, generator.z_dim), "region": label[None] == label[height // 2, width // 2]}
+               for label in [stripes, *maps[:3]]]
+
+    out.mkdir(parents=True)
+    model, half = out / "model.onnx", out / "half.onnx"
+    with patch.multiple(F, **PLAIN):
+        torch.onnx.export(generator, kwargs=batches[-1], f=str(model), input_names=list(batches[-1]),
+                          output_names=["image"], dynamo=True, external_data=False, verbose=False)
+    error = largest_error(model, generator, batches)
+    if not error <= MOST_ERROR:
+        raise UserError(f"{model}: its images differ by {error:.2g} from PyTorch's; the limit is {MOST_ERROR}")
+    halve_weights(model, half)
+    rounding = 127.5 * largest_error(half, generator, batches)
+    half.replace(model) if rounding <= MOST_ROUNDING else half.unlink()
+    kept = "16" if rounding <= MOST_ROUNDING else "32"
+    print(f"largest difference from PyTorch: {error:.2g} in [-1, 1]; with float16 weights {rounding:.2g} in 0..255; "
+          f"they are float{kept}")
+
+    shutil.copy(Path(__file__).with_name("paint.html"), out / "index.html")
+    for name in RUNTIME:
+        shutil.copy(runtime / name, out / name)
+    inputs = {entry.name for entry in onnxruntime.InferenceSession(model).get_inputs()}
+    pack = lambda label: base64.urlsafe_b64encode(zlib.compress(label.numpy().tobytes())).decode()
+    known = {key: state[key] for key in ("class_names", "palette", "ids", "step")}
+    (out / "model.json").write_text(json.dumps(known | {
+        "server": False, "name": settings.name, "size": [height, width], "z_dim": generator.z_dim, "photos": False,
+        "options": [option for option, needed in (("interpolate", "z"), ("resample", "z2")) if needed in inputs],
+        "examples": len(maps), "maps": [pack(label) for label in maps]}))
+    size = sum(path.stat().st_size for path in out.iterdir() if path.name not in RUNTIME)
+    print(f"{out}: {size / 1e6:.1f} MB beside the runtime; python -m http.server -d {out}")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="default: the newest one in runs/")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="configuration of an official checkpoint")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
+    parser.add_argument("--runtime", type=Path, default=Path("package"), metavar="FOLDER")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    run_script(lambda: main(parse_arguments()))
