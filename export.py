@@ -34,7 +34,7 @@ EXAMPLES = 24        # label maps to start from
 
 # What torch's exporter refuses or makes loops of, in plain operations.
 PLAIN = {"scaled_dot_product_attention": lambda q, k, v: (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v,
-         "embedding_bag": lambda rows, table, mode: sum(F.embedding(column, table) for column in rows.unbind(1))}
+         "embedding_bag": lambda rows, table, mode: sum(F.embedding(part, table).sum(1) for part in rows.chunk(3, 1))}
 
 
 def halve_weights(path: Path, smaller: Path) -> None:
@@ -96,13 +96,11 @@ def main(arguments: argparse.Namespace) -> None:
     shutil.copy(Path(__file__).with_name("paint.html"), out / "index.html")
     for name in RUNTIME:
         shutil.copy(runtime / name, out / name)
-    inputs = {entry.name for entry in onnxruntime.InferenceSession(model).get_inputs()}
     pack = lambda label: base64.urlsafe_b64encode(zlib.compress(label.numpy().tobytes())).decode()
     known = {key: state[key] for key in ("class_names", "palette", "ids", "step")}
     (out / "model.json").write_text(json.dumps(known | {
         "server": False, "name": settings.name, "size": [height, width], "z_dim": generator.z_dim, "photos": False,
-        "options": [option for option, needed in (("interpolate", "z"), ("resample", "z2")) if needed in inputs],
-        "examples": len(maps), "maps": [pack(label) for label in maps]}))
+        "options": sorted(system.options - {"noise"}), "examples": len(maps), "maps": [pack(label) for label in maps]}))
     size = sum(path.stat().st_size for path in out.iterdir() if path.name not in RUNTIME)
     print(f"{out}: {size / 1e6:.1f} MB beside the runtime; python -m http.server -d {out}")
 
