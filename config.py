@@ -131,6 +131,7 @@ class LossSettings(Section):
     diversity_every: Count = key(1, "every so many steps the fake batch is two samples of every other label map")
     diversity_regional: float = key(0.5, "share of the pairs whose noises differ in random classes alone")
     augment: float = key(0.0, "strength of the augmentation of what the discriminator sees; 0 = none", ge=0, le=1)
+    rough: float = key(0.0, "share of the label maps that the generator gets roughened, see augment.roughen", ge=0, le=1)
     labelmix: float = key(0.0, "weight of OASIS's LabelMix consistency of the discriminator")
     locality: float = key(0.5, "weight of the change outside the region whose noise was redrawn, per change inside")
 

@@ -15,9 +15,9 @@ import torch.nn.utils.parametrize as parametrize
 from torch import Tensor, nn
 
 import losses
-from augment import DRAWS, recolor, shift
+from augment import DRAWS, ROUGH, recolor, roughen, shift
 from backbones import Backbone
-from config import Settings
+from config import Settings, UserError
 from distributed import all_reduce
 from interface import Trainer, noise
 
@@ -100,6 +100,8 @@ class GAN(Trainer):
         adam = lambda parameters, lr: torch.optim.Adam(parameters, lr=lr, betas=train.betas, fused=True)
         self.g_optimizer = adam(self.g_parameters, train.lr_generator)
         self.d_optimizer = adam(self.d_parameters, train.lr_discriminator)
+        self.updates = {"generator": (self.g_optimizer, self.g_parameters),
+                        "discriminator": (self.d_optimizer, self.d_parameters)}
         self.parts = ("generator", "ema", "discriminator", "contrast", "g_optimizer", "d_optimizer")
         self.rates = {"g_optimizer": ("lr_generator", train.lr_generator),
                       "d_optimizer": ("lr_discriminator", train.lr_discriminator)}
@@ -108,8 +110,13 @@ class GAN(Trainer):
         """Measure the backbone's statistics and the diversity margins on batches of real images (B, 3, H, W) in [-1, 1]."""
         if self.backbone:
             self.backbone.calibrate(images)
-        distances = [losses.diversity_distances(x, x.roll(1, 0), torch.ones_like(x[:, :1])) for x in images]
-        self.margins = torch.tensor(self.loss.diversity_margin, device=self.device) * torch.cat(distances).mean(0)
+        distances = [losses.diversity_distances(x, x.roll(1, 0), torch.ones_like(x[:, :1])) for x in images if len(x) > 1]
+        if distances:
+            margins = torch.tensor(self.loss.diversity_margin, device=self.device) * torch.cat(distances).mean(0)
+            self.margins = margins.clamp_min(1e-6)  # where all images are alike
+        elif self.loss.diversity:
+            raise UserError("loss.diversity compares samples with what two real images differ in, and there is one image; "
+                            "add training pairs, raise data.calibration_images, or set loss.diversity=0")
 
     def refresh(self, label_maps: list[Tensor]) -> None:
         refresh_batch_norm(self.ema, ((m, noise([(i, k) for k in range(len(m))], self.ema.z_dim, self.device))
@@ -122,26 +129,17 @@ class GAN(Trainer):
         image = image.to(memory_format=torch.channels_last)
         self.g_optimizer.zero_grad()
         self.d_optimizer.zero_grad()
-        totals = {}
-
-        def accumulate(generator: bool, discriminator: bool) -> None:
+        totals, networks = {}, ("generator", "discriminator")
+        for trained in ([networks[:1], networks[1:]] if self.fresh_fakes else [networks]):
             for part in range(self.rounds):
                 self.discriminator.train(part == 0)  # its spectral norms move once a step, however many rounds
                 chosen = slice(part * len(image) // self.rounds, (part + 1) * len(image) // self.rounds)
                 values = self._round(image[chosen].float() / 127.5 - 1, label_map[chosen].long(), weights, step,
-                                     samples[chosen], generator, discriminator)
+                                     samples[chosen], *(network in trained for network in networks))
                 for name, value in values.items():
                     totals[name] = totals.get(name, 0) + value.detach() / self.rounds
-
-        if self.fresh_fakes:
-            accumulate(True, False)
-            self._update(self.g_optimizer, self.g_parameters)
-            accumulate(False, True)
-            self._update(self.d_optimizer, self.d_parameters)
-        else:
-            accumulate(True, True)
-            self._update(self.g_optimizer, self.g_parameters)
-            self._update(self.d_optimizer, self.d_parameters)
+            for network in trained:
+                self._update(*self.updates[network])
         self.update_ema(self.decay, step)
         return totals
 
@@ -167,13 +165,14 @@ class GAN(Trainer):
               parametrize.cached()):  # fake and real images see the same normalised weights
             with torch.set_grad_enabled(generator):
                 asked = torch.arange(len(real), device=self.device)  # whose label map each fake image has
+                given = self._roughened(label_map, step, samples)
                 if diverse:
                     asked = asked[::2].repeat(2)
-                    z, region = draw(0)[::2], self._regions(label_map[::2], step, samples[::2])
-                    fake = self.generator(label_map[::2], z.repeat(2, 1), torch.cat([z, draw(1)[::2]]),
+                    z, region = draw(0)[::2], self._regions(given[::2], step, samples[::2])
+                    fake = self.generator(given[::2], z.repeat(2, 1), torch.cat([z, draw(1)[::2]]),
                                           region.repeat(2, 1, 1))
                 else:
-                    fake = self.generator(label_map, draw(0 if generator else 3))
+                    fake = self.generator(given, draw(0 if generator else 3))
                 shown = fake  # to backbone and discriminator
                 if loss.augment:
                     draws = self._draws(step, samples)
@@ -240,6 +239,15 @@ class GAN(Trainer):
         """What the augmentation of each pair follows from, (B, 5)."""
         rows = [np.random.default_rng((self.seed, step, s, 4)).uniform(-1, 1, DRAWS) for s in samples]
         return torch.from_numpy(np.stack(rows)).float().to(self.device, non_blocking=True) * self.loss.augment
+
+    def _roughened(self, label_map: Tensor, step: int, samples: list[int]) -> Tensor:
+        """What the generator gets: a share of the label maps (B, H, W) is roughened, each in one of the ways at random."""
+        given = []
+        for one, s in zip(label_map, samples):
+            rng = np.random.default_rng((self.seed, step, s, 5))
+            rough = rng.random() < self.loss.rough
+            given.append(roughen(one, rng.choice(ROUGH), self.num_classes, int(rng.integers(2 ** 31))) if rough else one)
+        return torch.stack(given)
 
     def _regions(self, label_map: Tensor, step: int, samples: list[int]) -> Tensor:
         """Where the second noise holds, (B, H, W) bool: in random classes in a share of the images, else everywhere."""

@@ -1,9 +1,12 @@
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import TINY, trainer_of
 
+import losses
 from backbones import Backbone
-from config import DataSettings
+from config import DataSettings, UserError
 from dataset import build_dataset
 from gan import compile_networks
 
@@ -100,3 +103,26 @@ def test_without_a_compiler_training_goes_on_and_says_so(monkeypatch, capsys):
     compile_networks([network], torch.device("cpu"))
     assert capsys.readouterr().out.strip().endswith("going on without it (no compiler)")
     assert network(torch.ones(1, 2)).shape == (1, 2)
+
+
+def test_margins_compare_different_images_alone():
+    """A last batch of one image has nothing to be compared with; one image in all is an error before the first step."""
+    gan, images = trainer_of(TINY), torch.rand(5, 3, 32, 32) * 2 - 1
+    gan.calibrate([images[:4], images[4:]])
+    mean = lambda values: sum(values) / len(values)
+    brightness = F.interpolate(F.avg_pool2d(images, 8), size=16, mode="bilinear").mean(1).numpy()
+    expected = mean([np.abs(brightness[i] - brightness[(i + 1) % 4]).mean() for i in range(4)])
+    assert gan.margins[0].item() == pytest.approx(gan.loss.diversity_margin[0] * expected, rel=1e-4)
+    with pytest.raises(UserError, match="there is one image; add training pairs"):
+        gan.calibrate([images[:1]])
+
+
+def test_the_generator_alone_gets_rough_label_maps(monkeypatch):
+    gan, (image, label_map) = trainer_of({**TINY, "loss": {"rough": 1.0, "diversity": 0}}), batch()
+    given, judged = [], []
+    gan.generator.register_forward_hook(lambda _, inputs, __: given.append(inputs[0]))
+    plain = losses.focal_loss
+    monkeypatch.setattr(losses, "focal_loss", lambda logits, target, *rest: judged.append(target) or plain(logits, target, *rest))
+    gan.step(image, label_map, 0, [0, 1, 2, 3])
+    assert all(torch.equal(target, label_map.long()) for target in judged) and len(judged) == 2
+    assert all(not torch.equal(*pair) for pair in zip(given[0], label_map.long()))
