@@ -17,9 +17,7 @@ import shlex
 import subprocess
 import sys
 import threading
-import time
 from collections import Counter
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +27,7 @@ import yaml
 from checkpoint import load_generator, whole_file
 from config import Count, Section, Settings, UserError, Whole, check_settings, flatten, load_settings, run_script
 from dataset import build_dataset, evenly_spaced
+from distributed import hold
 from evaluation import higher_is_better
 from interface import sample_seed
 from plots import draw_curves, draw_strips, is_headline, read_records
@@ -62,9 +61,8 @@ class Run:
     def state(self) -> str:
         """Where an unfinished run is, in a sentence."""
         step = max((record["step"] for record in self.log + self.metrics), default=0)
-        age = timedelta(seconds=int(time.time() - max(path.stat().st_mtime for path in self.folder.glob("*.*l"))))
-        return (f"{self.folder}: not finished, at step {step} of {self.settings.train.steps}, last written to {age} ago"
-                + ("" if self.metrics else "; no evaluation yet"))
+        return (f"{self.folder}: {'in training' if in_training(self.folder) else 'stopped'} at step {step} of "
+                f"{self.settings.train.steps}" + ("" if self.metrics else "; no evaluation yet"))
 
     def evaluation(self, at: str | int, metric: str | None = None) -> dict:
         """The record at the "last" evaluation, the "best" by a metric, or a step; empty where there is none."""
@@ -82,6 +80,15 @@ def flat(settings: Settings) -> dict[str, str]:
     """section.key -> its value as on the command line, with the defaults of the networks. Raises UserError."""
     values = flatten(system_for(settings, num_classes=1).settings.model_dump(mode="json"))
     return {key: value if isinstance(value, str) else json.dumps(value) for key, value in values.items()}
+
+
+def in_training(folder: Path) -> bool:
+    """Whether a process trains this run now."""
+    try:
+        hold(folder / "lock").close()
+    except BlockingIOError:
+        return True
+    return False
 
 
 def finished(folder: Path, settings: Settings) -> bool:
@@ -259,14 +266,18 @@ def train_all(at_once: int, plan: dict[Path, tuple[Settings, list[str]]]) -> Non
         for folder in folders:
             settings, command = plan[folder]
             folder.mkdir(parents=True, exist_ok=True)
-            with open(folder / "lock", "a") as lock, open(folder / "output.txt", "a") as output:
-                fcntl.flock(lock, fcntl.LOCK_EX)  # the training inherits it, and holds it if this process is killed
-                if not finished(folder, settings):
-                    print(f"{folder}: training", flush=True)
-                    subprocess.run(command, stdout=output, stderr=output, pass_fds=[lock.fileno()],
-                                   env={"TQDM_MININTERVAL": "60", **os.environ})
-                    *_, said = ["nothing said", *(folder / "output.txt").read_text().splitlines()]
-                    print(f"{folder}: {'done' if finished(folder, settings) else f'not finished, {said}'}", flush=True)
+            while not finished(folder, settings):
+                with open(folder / "lock", "a") as lock:  # see train.hold_run
+                    fcntl.flock(lock, fcntl.LOCK_EX)  # who trains it now ends first
+                if finished(folder, settings):
+                    break
+                print(f"{folder}: training", flush=True)
+                with open(folder / "output.txt", "a") as output:
+                    subprocess.run(command, stdout=output, stderr=output, env={"TQDM_MININTERVAL": "60", **os.environ})
+                *_, said = ["nothing said", *(folder / "output.txt").read_text().splitlines()]
+                print(f"{folder}: {'done' if finished(folder, settings) else f'not finished, {said}'}", flush=True)
+                if not in_training(folder):  # or another process was faster
+                    break
 
     threads = [threading.Thread(target=train, daemon=True) for _ in range(at_once)]
     for thread in threads:

@@ -161,6 +161,8 @@ class TrainSettings(Section):
     eval_every: Whole = key(0, "steps; 0 = only at the end")
     save_every: Whole = key(200, "steps; 0 = only at the end")
     keep: Count = key(3, "how many checkpoints/STEP.pt stay")
+    tracker: Literal["none", "tensorboard", "wandb"] = key("none", "what else gets the log; wandb sends it to its server")
+    timeout: float = key(30.0, "minutes that processes wait for one another", gt=0)
 
 
 class EvalSettings(Section):
@@ -171,11 +173,11 @@ class EvalSettings(Section):
     features_weights: str | None = key(None, "its local weight file")
     features_size: Count | None = key(None, "side in pixels that it sees; none: what it was trained at")
     kid_subsets: Count = key(100, "subsets that KID is averaged over")
-    kid_subset_size: Id = key(1000, "images a subset, at most those there are")
+    kid_subset_size: Id = key(1000, "images a subset, at most those there are", ge=2)
     segmenter: str | None = key(None, "file or hf:NAME; none: one is trained on the real training split")
     segmenter_mapping: list[Id] | None = key(None, "class for each of its ids, -1 for none; none: by name or the same")
     segmenter_steps: Count = key(400, "training steps of that one")
-    diversity_network: str = key("stlpips_vgg", "lpips_alex, lpips_vgg, stlpips_alex or stlpips_vgg")
+    diversity_network: Literal["lpips_alex", "lpips_vgg", "stlpips_alex", "stlpips_vgg"] = key("stlpips_vgg", "its network")
     diversity_weights: str | None = key(None, "local weight file of the backbone of lpips_*")
     diversity_size: Count | None = key(128, "height that samples are resized to for it; none: as they are")
     diversity_maps: Count = key(32, "label maps whose samples are compared")

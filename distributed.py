@@ -1,10 +1,13 @@
 """Processes: what several of them have to agree on (with one, each function does the plain thing), and their memory."""
 
+import fcntl
 import os
 import re
 import resource
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
+from typing import TextIO
 
 import torch
 import torch.distributed as dist
@@ -12,8 +15,14 @@ import torch.distributed as dist
 from config import UserError
 
 
-def setup_distributed() -> tuple[int, int, torch.device]:
-    """Join the process group that torchrun set up, if any; returns rank, world size and device. Raises UserError."""
+def setup_distributed(minutes: float = 30) -> tuple[int, int, torch.device]:
+    """Join the process group that torchrun set up, if any; returns rank, world size and device.
+
+    minutes: how long to wait for the other processes, here and whenever they have to agree later.
+
+    Raises:
+        UserError: more processes than GPUs, or some that do not come.
+    """
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         if device.index >= torch.cuda.device_count():
@@ -23,7 +32,13 @@ def setup_distributed() -> tuple[int, int, torch.device]:
         device = torch.device("cpu")
     if "RANK" not in os.environ:
         return 0, 1, device
-    dist.init_process_group("cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo")
+    try:
+        dist.init_process_group("cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=minutes))
+    except RuntimeError as error:  # of the store, or of the backend
+        raise UserError(f"process {os.environ['RANK']} waited {minutes:g} minutes (train.timeout) for all "
+                        f"{os.environ['WORLD_SIZE']} processes to come ({str(error).splitlines()[0][:120]}); see that each "
+                        f"is started and reaches {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}, then start anew with "
+                        f"--resume") from error
     return dist.get_rank(), dist.get_world_size(), device
 
 
@@ -72,3 +87,14 @@ def peak_memory(device: torch.device) -> float:
     if status.exists():  # Linux, whose ru_maxrss starts at the parent's peak
         return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) / 2 ** 20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 30
+
+
+def hold(path: Path) -> TextIO:
+    """Lock a file until what is returned is closed, by the end of this process at the latest.
+
+    Raises:
+        BlockingIOError: another process holds it.
+    """
+    file = open(path, "a")
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return file

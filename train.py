@@ -11,8 +11,10 @@ import os
 import signal
 import sys
 import time
+from importlib.util import find_spec
 from itertools import takewhile
 from pathlib import Path
+from typing import TextIO
 
 import torch
 import torch.distributed as dist
@@ -24,7 +26,7 @@ from tqdm import tqdm
 from checkpoint import copy_checkpoint, label_state, load_checkpoint, save_checkpoint, whole_file
 from config import Settings, UserError, flatten, load_settings, run_script
 from dataset import LabeledImages, build_dataset, evenly_spaced, leave_signals_to_parent, quick_check
-from distributed import any_process, from_first_process, peak_memory, setup_distributed
+from distributed import any_process, from_first_process, hold, peak_memory, setup_distributed
 from evaluation import evaluate_generator, higher_is_better, metric_names
 from interface import Trainer
 from judges import PerceptualNetwork, feature_network
@@ -33,6 +35,7 @@ from segmenter import segmenter_for
 from systems import system_for
 
 DECIDING = ("seed", "data", "generator", "discriminator", "backbone")  # settings that a resumed run must have again
+FREE = ("data.workers", "data.root", "backbone.weights")  # but for these: files may have moved
 
 
 class StepSampler:
@@ -70,17 +73,23 @@ def find_checkpoint(run: Path, settings: Settings, resume: bool) -> Path | None:
     if (run / "config.yaml").exists():
         now, before = (flatten(s.model_dump(mode="json")) for s in (settings, load_settings(run / "config.yaml")))
         for key, value in before.items():
-            if key.split(".")[0] in DECIDING and key != "data.workers" and now.get(key) != value:
+            if key.split(".")[0] in DECIDING and key not in FREE and now.get(key) != value:
                 raise UserError(f"{run}/config.yaml: {key} is {value!r}, now {now.get(key)!r}; resume with the same, or "
                                 f"choose another name=...")
     latest = run / "checkpoints" / "latest.pt"
     return latest if latest.exists() else None
 
 
+def hold_run(run: Path) -> TextIO:
+    """Keep others from training this run until this process ends. Raises UserError where another one trains it."""
+    try:
+        return hold(run / "lock")
+    except BlockingIOError:
+        raise UserError(f"{run}: another process trains it; wait for its end, or choose another name=...") from None
+
+
 def make_run(run: Path, settings: Settings) -> None:
-    """The folders of a run, its resolved settings; what killed processes were writing is cleared away."""
-    for folder in ("checkpoints", "samples"):
-        (run / folder).mkdir(parents=True, exist_ok=True)
+    """The resolved settings of a run; what killed processes were writing is cleared away."""
     shared = [path for path in run.parent.glob("cache/*.tmp") if path.stat().st_mtime < time.time() - 3600]
     for leftover in [*run.rglob("*.tmp"), *shared]:  # in the cache another run may be writing
         leftover.unlink(missing_ok=True)
@@ -100,6 +109,9 @@ def check_fit(settings: Settings, trainer: Trainer, world_size: int) -> None:
             raise UserError(f"data.size is {list(size)}; both must be multiples of {divisor} for this {kind}")
     if judges.metric not in metric_names(judges):
         raise UserError(f"eval.metric is {judges.metric!r}; with these judges there are {', '.join(metric_names(judges))}")
+    if train.tracker != "none" and not find_spec(train.tracker):
+        raise UserError(f"train.tracker is {train.tracker}, which is not installed; pip install {train.tracker}, or set it to "
+                        f"none")
     feature_network(judges.features, judges.features_weights, size=judges.features_size)
     if judges.diversity_samples > 1:
         PerceptualNetwork(judges.diversity_network, judges.diversity_weights, judges.diversity_size)
@@ -164,12 +176,13 @@ def start_networks(trainer: Trainer, settings: Settings, dataset: Dataset,
 
 
 def main(settings: Settings, resume: bool) -> None:
-    rank, world_size, device = setup_distributed()
+    rank, world_size, device = setup_distributed(settings.train.timeout)
     train, seed, run = settings.train, settings.seed, Path("runs") / settings.name
     dataset = build_dataset(settings.data, "train", seed, augment=True)
     held_out = build_dataset(settings.data, "val", seed)
     system = system_for(settings, dataset.num_classes)
     settings = system.settings
+    lock = hold_run(run) if rank == 0 and resume and run.exists() else None
     source = from_first_process(lambda: find_checkpoint(run, settings, resume))
     for part in (dataset, held_out):
         if rank == 0:
@@ -181,6 +194,9 @@ def main(settings: Settings, resume: bool) -> None:
     cache = run.parent / "cache"  # what the judges know of the real images, shared by all runs
     segmenter = segmenter_for(settings, cache, device, rank)
     if rank == 0:
+        for folder in ("checkpoints", "samples"):
+            (run / folder).mkdir(parents=True, exist_ok=True)
+        lock = lock or hold_run(run)
         make_run(run, settings)
 
     stop = []
@@ -190,7 +206,7 @@ def main(settings: Settings, resume: bool) -> None:
     loader = DataLoader(dataset, batch_sampler=sampler, num_workers=settings.data.workers,
                         pin_memory=device.type == "cuda", worker_init_fn=leave_signals_to_parent)
     due = lambda every, step: step == train.steps or bool(every) and step % every == 0
-    recorder = Recorder(run, first, settings.eval.metric) if rank == 0 else None
+    recorder = Recorder(run, first, settings) if rank == 0 else None
 
     def evaluate(step: int) -> None:
         """Of the checkpoint just saved; best.pt comes before the record, which says that both are there."""
@@ -258,21 +274,25 @@ def save(run: Path, step: int, settings: Settings, dataset: LabeledImages, train
 
 
 class Recorder:
-    """log.jsonl, metrics.jsonl and, where tensorboard is installed, its events; remembers the best evaluation."""
+    """log.jsonl and metrics.jsonl, and what train.tracker names; remembers the best evaluation."""
 
-    def __init__(self, run: Path, first: int, metric: str):
-        self.run, self.metric, self.started = run, metric, time.time()
+    def __init__(self, run: Path, first: int, settings: Settings):
+        self.run, self.metric, self.started = run, settings.eval.metric, time.time()
         before = {}
         for name in ("log.jsonl", "metrics.jsonl"):
             before[name] = self.lines_until(run / name, first)
         self.minutes = before["log.jsonl"][-1].get("minutes", 0) if before["log.jsonl"] else 0
         self.latest = before["metrics.jsonl"][-1] if before["metrics.jsonl"] else {"step": -1}
         self.best = min(map(self.score, before["metrics.jsonl"]), default=math.inf)
-        try:
+        self.track = lambda numbers, step: None
+        if settings.train.tracker == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
-            self.events = SummaryWriter(run, purge_step=first)
-        except ImportError:
-            self.events = None
+            events = SummaryWriter(run, purge_step=first)
+            self.track = lambda numbers, step: [events.add_scalar(key, value, step) for key, value in numbers.items()]
+        elif settings.train.tracker == "wandb":
+            import wandb
+            wandb.init(name=run.name, id=run.name, resume="allow", dir=run, config=settings.model_dump(mode="json"))
+            self.track = wandb.log
 
     @staticmethod
     def lines_until(path: Path, step: int) -> list[dict]:
@@ -300,9 +320,7 @@ class Recorder:
         record["minutes"] = self.minutes + (time.time() - self.started) / 60
         with open(self.run / name, "a") as file:
             file.write(json.dumps(record) + "\n")
-        for key, value in record.items():
-            if self.events and isinstance(value, (int, float)) and key != "step":
-                self.events.add_scalar(key, value, record["step"])
+        self.track({key: value for key, value in record.items() if isinstance(value, (int, float))}, record["step"])
 
 
 if __name__ == "__main__":

@@ -44,9 +44,8 @@ def tiny_config(tmp_path) -> Path:
 @pytest.fixture
 def run(tmp_path):
     """Runs a script of the project in an empty folder: run("train.py", ...) -> CompletedProcess."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-
     def call(script: str, *arguments: str, processes: int = 0, **options) -> subprocess.CompletedProcess:
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         launcher = [sys.executable]
         if processes:
             launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]

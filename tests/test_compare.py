@@ -26,6 +26,7 @@ import plots
 from checkpoint import load_generator
 from config import UserError, check_settings
 from dataset import build_dataset
+from distributed import hold
 
 PROTOCOL = {"num_images": 8, "features": {"network": "a"}, "segmenter": {"sha256": "s"}, "kid": {"subsets": 1}}
 
@@ -77,7 +78,7 @@ def test_table_has_means_and_deviations_of_seeds(four_runs, tmp_path, capsys):
     assert fd[("4", "b")] == "85.00 (n=1)"
     assert rows[("last", "b")]["changed"] == "loss.contrastive=0.0" and rows[("last", "a")]["changed"] == ""
     assert rows[("last", "a")]["minutes"] == "2.000 ± 0.000" and rows[("last", "a")]["images/s"] == "4.000 ± 0.000"
-    assert "runs/b_1: not finished" in said and "at step 4 of 4" in said  # trained, but the last evaluation is missing
+    assert "runs/b_1: stopped at step 4 of 4" in said  # trained, but the last evaluation is missing
     assert "where a row does not say: loss.contrastive=0.3" in said and "best: by fd_tf_efficientnet_lite2" in said
     with open(tmp_path / "out/table.csv", newline="") as file:
         table = {(row["at"], row["row"]): row for row in csv.DictReader(file)}
@@ -108,10 +109,10 @@ def test_what_cannot_be_compared_is_said(four_runs, tmp_path, run, capsys):
     (tmp_path / "empty").mkdir()
     new = write_run(tmp_path / "runs/new", [], seed=2)
     camvid = write_run(tmp_path / "runs/camvid", [], data={"name": "folder", "root": "x", "classes": 3})
-    call(*four_runs[:1], tmp_path / "empty", tmp_path / "none", new, camvid)
+    with hold(new / "lock"):
+        call(*four_runs[:1], tmp_path / "empty", tmp_path / "none", new, camvid)
     said = capsys.readouterr().out
-    assert re.search(r"new: not finished, at step 0 of 4, last written to 0:00:\d\d ago; no evaluation yet", said)
-    for sentence in ("empty: no run; ", "none: no run; ", "camvid: another data set than "):
+    for sentence in ("new: in training at step 0 of 4; no evaluation yet", "empty: no run; ", "none: no run; ", "camvid: another data set than "):
         assert sentence in said
     assert error_line(run("compare.py", tmp_path / "empty")).endswith("such as runs/NAME; left out")
 
@@ -172,13 +173,14 @@ from config import load_settings
 file, *overrides = [argument for argument in sys.argv[1:] if argument[:2] != "--"]
 settings = load_settings(file, overrides)
 run = "runs/" + settings.name
-alone = open(run + "/alone", "a")
+lock = open(run + "/lock", "a")
 events = open("events.txt", "a")
 try:
-    fcntl.flock(alone, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 except BlockingIOError:
-    events.write(f"{settings.name} twice\\n")
-    sys.exit(1)
+    sys.exit("error: another process trains it")
+if os.path.exists(run + "/metrics.jsonl"):
+    sys.exit()
 events.write(f"{settings.name} start\\n")
 events.flush()
 def write(path, text):
@@ -248,7 +250,7 @@ def test_kills_lose_nothing_and_run_nothing_twice(ablation, tmp_path, kills):
     assert {name for name, _ in events} == set(names) and killed >= kills // 2
     for name in names:
         own = [what for who, what in events if who == name]
-        assert "twice" not in own and own[-1] == "end" and own.count("end") == 1  # nothing is started when it is done
+        assert own[-1] == "end" and own.count("end") == 1
         done = [what for what in own if what.isdigit()]  # a kill may come between a step and its record
         assert len(done) == len(set(done)) > steps - own.count("start")
     assert (tmp_path / "out.txt").read_text().count("| last | abl_") >= 2 * 3  # a table each

@@ -4,14 +4,16 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import ROOT
+from conftest import ROOT, error_line
 
 from config import UserError
+from distributed import hold
 from train import StepSampler
 
 
@@ -134,3 +136,37 @@ def test_sizes_that_do_not_fit_are_refused_before_a_run_is_made(train, tiny_conf
     with pytest.raises(UserError, match="both must be multiples of 64 for this discriminator"):
         train(tiny_config, "discriminator={name: oasis, channels: 2}")
     assert not (tmp_path / "runs/tiny").exists()
+
+
+def test_a_process_that_never_comes_ends_the_wait(run, tiny_config, monkeypatch):
+    for name, value in {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29876}.items():
+        monkeypatch.setenv(name, str(value))
+    line = error_line(run("train.py", "--config", tiny_config, "train.timeout=0.02"))
+    assert line.startswith("error: process 0 waited 0.02 minutes (train.timeout) for all 2 processes")
+
+
+def test_a_run_has_one_training(train, tiny_config, tmp_path):
+    train(tiny_config, "train.steps=1")
+    with hold(tmp_path / "runs/tiny/lock"), pytest.raises(UserError, match="runs/tiny: another process trains it; wait"):
+        train(tiny_config, "train.steps=2", resume=True)
+
+
+@pytest.mark.parametrize("tracker", ["tensorboard", "wandb"])
+def test_trackers_get_the_log_and_nobody_else_does(train, tiny_config, tmp_path, monkeypatch, tracker):
+    """Stand-ins of the two packages, as far as they are called."""
+    got = []
+    modules = {"tensorboard": {"torch.utils.tensorboard": types.SimpleNamespace(SummaryWriter=lambda run, purge_step: (
+        types.SimpleNamespace(add_scalar=lambda key, value, step: got.append((step, key)))))},
+        "wandb": {"wandb": types.SimpleNamespace(init=lambda **options: got.append(options["id"]), log=lambda numbers, step: (
+            got.extend((step, key) for key in numbers)))}}[tracker]
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    with monkeypatch.context() as found:
+        found.setattr("train.find_spec", lambda name: None)
+        with pytest.raises(UserError, match=f"train.tracker is {tracker}, which is not installed; pip install {tracker}"):
+            train(tiny_config, "name=missing", f"train.tracker={tracker}")
+    monkeypatch.setattr("train.find_spec", lambda name: name)
+    train(tiny_config, "name=silent", "train.steps=1")
+    assert got == []
+    train(tiny_config, "name=told", "train.steps=1", f"train.tracker={tracker}")
+    assert {(1, "g_pixel"), (1, "miou"), (1, "lr_generator")} <= set(got)
