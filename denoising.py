@@ -10,7 +10,6 @@ from torch import Tensor, nn
 import diffusion
 from config import Settings
 from distributed import all_reduce
-from gan import compile_networks
 from interface import Trainer
 
 
@@ -34,7 +33,7 @@ class Diffusion(Trainer):
         self.generator = generator.to(device, memory_format=torch.channels_last)
         self.ema = copy.deepcopy(self.generator).eval().requires_grad_(False)
         if train.compile:
-            compile_networks([self.generator], device)
+            self.generator.compile()
         self.optimizer = torch.optim.Adam(self.generator.parameters(), lr=train.lr_generator, betas=train.betas, fused=True)
         self.rates = {"optimizer": ("lr_generator", train.lr_generator)}
 

@@ -22,19 +22,6 @@ from distributed import all_reduce
 from interface import Trainer, noise
 
 
-def compile_networks(networks: list[nn.Module], device: torch.device) -> None:
-    """Have torch.compile speed up the forward and backward passes of networks; where it cannot, say so and leave them."""
-    try:
-        torch.compile(lambda x: x.square() + 1)(torch.zeros(8, device=device))
-    except Exception as error:  # a missing C++ compiler or Triton, each with errors of its own
-        reason = str(error).strip().splitlines()[0]
-        print(f"train.compile: torch.compile does not work here, going on without it ({reason})")
-        return
-    torch._functorch.config.donated_buffer = False  # two losses go back through one graph
-    for network in networks:
-        network.compile()
-
-
 def place(network: nn.Module, device: torch.device) -> nn.Module:
     """The network on the device, in the memory format in which it trains fastest there."""
     on_cpu = getattr(network, "cpu_format", torch.channels_last)
@@ -87,7 +74,9 @@ class GAN(Trainer):
             generator = nn.SyncBatchNorm.convert_sync_batchnorm(generator)
         self.generator, self.discriminator = place(generator, device), place(discriminator, device)
         if train.compile:
-            compile_networks([self.generator, self.discriminator], device)
+            torch._functorch.config.donated_buffer = False  # two losses go back through one graph
+            self.generator.compile()
+            self.discriminator.compile()
         strides = [s / settings.backbone.input_scale for s in backbone.strides] if backbone else []
         usable = [i for i, s in enumerate(strides) if min(settings.data.size) / s >= 4]
         self.contrast_scales = usable[-self.loss.contrastive_scales:]

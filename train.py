@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from importlib.util import find_spec
 from itertools import takewhile
 from pathlib import Path
@@ -27,9 +28,8 @@ from checkpoint import copy_checkpoint, label_state, load_checkpoint, save_check
 from config import Settings, UserError, flatten, load_settings, run_script
 from dataset import LabeledImages, build_dataset, evenly_spaced, leave_signals_to_parent, quick_check
 from distributed import any_process, from_first_process, hold, peak_memory, setup_distributed
-from evaluation import evaluate_generator, higher_is_better, metric_names
+from evaluation import build_judges, evaluate_generator, higher_is_better, metric_names
 from interface import Trainer
-from judges import PerceptualNetwork, feature_network
 from plots import draw_curves, read_records
 from segmenter import segmenter_for
 from systems import system_for
@@ -38,32 +38,22 @@ DECIDING = ("seed", "data", "generator", "discriminator", "backbone")  # setting
 FREE = ("data.workers", "data.root", "backbone.weights")  # but for these: files may have moved
 
 
-class StepSampler:
-    """Batches of (index, draw) for this process, one a step, the same however many processes share them.
+def batches(length: int, batch_size: int, steps: range, places: range, seed: int) -> Iterator[list[tuple[int, int]]]:
+    """A list of (index, draw) for each step: these places of a batch, the same however many processes share it.
 
-    Sample number n = step * batch_size + place is image n % N of the n // N-th shuffle of the data set, and `draw`,
-    which its augmentation follows from, is n itself.
+    Sample number n = step * batch_size + place is image n % N of the n // N-th shuffle of the N images, and `draw`, which
+    its augmentation follows from, is n itself.
     """
-
-    def __init__(self, length: int, batch_size: int, steps: range, seed: int, rank: int, world_size: int):
-        self.length, self.batch_size, self.steps, self.seed = length, batch_size, steps, seed
-        self.places = range(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
-
-    def __len__(self) -> int:
-        return len(self.steps)
-
-    def __iter__(self):
-        epoch, order = None, None
-        for step in self.steps:
-            batch = []
-            for place in self.places:
-                n = step * self.batch_size + place
-                if n // self.length != epoch:
-                    epoch = n // self.length
-                    draw = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-                    order = torch.randperm(self.length, generator=draw).tolist()
-                batch.append((order[n % self.length], n))
-            yield batch
+    epoch, order = None, None
+    for step in steps:
+        batch = []
+        for n in (step * batch_size + place for place in places):
+            if n // length != epoch:
+                epoch = n // length
+                draw = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+                order = torch.randperm(length, generator=draw).tolist()
+            batch.append((order[n % length], n))
+        yield batch
 
 
 def find_checkpoint(run: Path, settings: Settings, resume: bool) -> Path | None:
@@ -112,9 +102,6 @@ def check_fit(settings: Settings, trainer: Trainer, world_size: int) -> None:
     if train.tracker != "none" and not find_spec(train.tracker):
         raise UserError(f"train.tracker is {train.tracker}, which is not installed; pip install {train.tracker}, or set it to "
                         f"none")
-    feature_network(judges.features, judges.features_weights, size=judges.features_size)
-    if judges.diversity_samples > 1:
-        PerceptualNetwork(judges.diversity_network, judges.diversity_weights, judges.diversity_size)
 
 
 def read_losses(pending: list[tuple[int, dict[str, torch.Tensor]]], run: Path, trainer: Trainer) -> dict[str, float]:
@@ -190,6 +177,7 @@ def main(settings: Settings, resume: bool) -> None:
         part.broken |= from_first_process(lambda: part.broken)  # named once, not by every process
     trainer = system.trainer(device)
     check_fit(settings, trainer, world_size)
+    judges = build_judges(settings.eval, held_out, device)
     first, maps = start_networks(trainer, settings, dataset, source)
     cache = run.parent / "cache"  # what the judges know of the real images, shared by all runs
     segmenter = segmenter_for(settings, cache, device, rank)
@@ -202,7 +190,8 @@ def main(settings: Settings, resume: bool) -> None:
     stop = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: stop.append(number))
-    sampler = StepSampler(len(dataset), train.batch_size, range(first, train.steps), seed, rank, world_size)
+    places = range(rank * train.batch_size // world_size, (rank + 1) * train.batch_size // world_size)
+    sampler = batches(len(dataset), train.batch_size, range(first, train.steps), places, seed)
     loader = DataLoader(dataset, batch_sampler=sampler, num_workers=settings.data.workers,
                         pin_memory=device.type == "cuda", worker_init_fn=leave_signals_to_parent)
     due = lambda every, step: step == train.steps or bool(every) and step % every == 0
@@ -210,8 +199,8 @@ def main(settings: Settings, resume: bool) -> None:
 
     def evaluate(step: int) -> None:
         """Of the checkpoint just saved; best.pt comes before the record, which says that both are there."""
-        metrics = evaluate_generator(system.sampler(trainer.ema), held_out, settings.eval, device, cache, segmenter, seed,
-                                     rank, world_size, settings.data.workers)
+        metrics = evaluate_generator(system.sampler(trainer.ema), held_out, settings, judges, segmenter, device, cache, rank,
+                                     world_size)
         if rank == 0:
             if recorder.score(metrics) < recorder.best:
                 copy_checkpoint(run / "checkpoints" / "latest.pt", run / "checkpoints" / "best.pt")
@@ -225,7 +214,7 @@ def main(settings: Settings, resume: bool) -> None:
     bar = tqdm(loader, initial=first, total=train.steps, disable=rank != 0, unit="step", dynamic_ncols=True)
     for step, batch in enumerate(bar, first + 1):
         image, label_map, *instances = (t.to(device, non_blocking=True) for t in batch)
-        pending.append((step, trainer.step(image, label_map, step - 1, list(sampler.places), *instances)))
+        pending.append((step, trainer.step(image, label_map, step - 1, list(places), *instances)))
         stopping = any_process(bool(stop))
         logging, evaluating = due(train.log_every, step), due(train.eval_every, step)
         saving = due(train.save_every, step) or evaluating or stopping

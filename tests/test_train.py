@@ -14,7 +14,7 @@ from conftest import ROOT, error_line
 
 from config import UserError
 from distributed import hold
-from train import StepSampler
+from train import batches
 
 
 def read_log(folder):
@@ -25,11 +25,11 @@ def losses_of(records):
     return [{k: v for k, v in r.items() if k[:2] in ("g_", "d_")} for r in records]
 
 
-def test_sampler_gives_the_same_batches_however_many_processes():
-    whole = list(StepSampler(10, 8, range(5), 0, 0, 1))
-    halves = [list(StepSampler(10, 8, range(5), 0, rank, 2)) for rank in range(2)]
+def test_batches_are_the_same_however_many_processes():
+    whole = list(batches(10, 8, range(5), range(8), seed=0))
+    halves = [list(batches(10, 8, range(5), places, seed=0)) for places in (range(4), range(4, 8))]
     assert whole == [a + b for a, b in zip(*halves)]
-    assert list(StepSampler(10, 8, range(3, 5), 0, 0, 1)) == whole[3:]  # resuming
+    assert list(batches(10, 8, range(3, 5), range(8), seed=0)) == whole[3:]  # resuming
     indices = [index for batch in whole for index, _ in batch]
     assert all(sorted(indices[i : i + 10]) == list(range(10)) for i in range(0, 40, 10))  # every epoch shows all
     assert [draw for batch in whole for _, draw in batch] == list(range(40))
