@@ -169,6 +169,8 @@ class EvalSettings(Section):
     metric: str = key("fd_tf_efficientnet_lite2", "the metric that picks best.pt")
     num_images: Whole = key(0, "held-out images; 0 = all of the split")
     batch_size: Count = key(8, "images at once, in each process")
+    rough: Literal["none", "downsample", "edges", "random"] = key(
+        "none", "how the label maps that generators get are roughened, see augment.roughen")
     features: str = key("tf_efficientnet_lite2", "network of the distances: inception, stlpips_vgg or any timm name")
     features_weights: str | None = key(None, "its local weight file")
     features_size: Count | None = key(None, "side in pixels that it sees; none: what it was trained at")

@@ -19,56 +19,60 @@ import torch
 import torch.distributed as dist
 
 from checkpoint import load_generator, whole_file
-from config import DataSettings, Settings, UserError, apply_overrides, check_settings, load_settings, run_script
-from dataset import IMAGE_SUFFIXES, LAYOUTS, LabeledImages, build_dataset, read_image
+from config import Settings, UserError, apply_overrides, check_settings, load_settings, run_script
+from dataset import IMAGE_SUFFIXES, LabeledImages, build_dataset, read_image
 from distributed import setup_distributed
-from evaluation import evaluate_generator
+from evaluation import build_judges, evaluate_generator
 from interface import sample_seed
 from labels import open_image
 from segmenter import segmenter_for
 from systems import system_for
 
+Source = tuple[Callable, LabeledImages, Settings, Path, dict]  # generate, data set, settings, cache, what the result says of it
 
-def partners(folder: Path, data: DataSettings, names: list[str] | None = None) -> dict[str, list[Path]]:
-    """The image files of a folder for each label map: [NAME.png], or [NAME_0.png, NAME_1.png, ...]. Raises UserError.
 
-    A name is the path below the folder without suffix and the data set's endings. names: of the label maps, None: all.
-    """
-    layout, files, found = LAYOUTS.get(data.name, LAYOUTS["folder"]), {}, {}
-    for path in sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES):
-        name = path.relative_to(folder).with_suffix("").as_posix()
-        files[name.removesuffix(layout.image_ending).removesuffix(layout.label_ending)] = path
-    for name in names or sorted(files):
+def from_checkpoint(args: argparse.Namespace, device: torch.device) -> Source:
+    """What is evaluated with --checkpoint. Raises UserError."""
+    system, generator, state = load_generator(args.checkpoint, device, args.config)
+    given = apply_overrides(system.settings.model_dump(mode="json"), args.overrides)
+    settings = check_settings(given, str(args.checkpoint))
+    dataset = build_dataset(settings.data, args.split)
+    if list(dataset.class_names) != list(state["class_names"]):
+        raise UserError(f"{args.checkpoint}: trained on {len(state['class_names'])} classes, the data set has "
+                        f"{dataset.num_classes} or others; evaluate on the data set it was trained on")
+    system = system_for(settings, dataset.num_classes)
+    folder = args.checkpoint.absolute().parent  # of train.py's checkpoints, whose cache is shared
+    cache = (folder.parents[1] if folder.name == "checkpoints" else folder) / "cache"
+    source = {"checkpoint": str(args.checkpoint), "step": state["step"]} | system.protocol()
+    return system.sampler(generator), dataset, settings, cache, source
+
+
+def image_files(folder: Path) -> dict[str, Path]:
+    """The image files below a folder by their names: paths without suffix."""
+    return {path.relative_to(folder).with_suffix("").as_posix(): path
+            for path in sorted(folder.rglob("*")) if path.suffix.lower() in IMAGE_SUFFIXES}
+
+
+def samples_of(names: list[str], folder: Path) -> list[list[Path]]:
+    """The image files of each label map: [NAME.png], or [NAME_0.png, NAME_1.png, ...]. Raises UserError."""
+    files, found = image_files(folder), []
+    for name in names:
         numbered = itertools.takewhile(files.__contains__, (f"{name}_{k}" for k in itertools.count()))
-        found[name] = [files.pop(key) for key in ([name] if name in files else list(numbered))]
-    wanted = max([1, *map(len, found.values())])
-    wrong = [f"{folder / name}.png: {len(paths)} such images, not {wanted} (or {name}_0.png ...) as for each label map"
-             for name, paths in found.items() if len(paths) != wanted]
-    wrong += [f"{path}: no label map of that name" for path in files.values() if path.name != "grid.png"]
-    if wrong or not found:
-        raise UserError(wrong[0] if wrong else f"{folder}: no such folder, or no images in it")
+        found.append([files[key] for key in ([name] if name in files else numbered)])
+    wanted = max(1, *map(len, found))
+    for name, paths in zip(names, found):
+        if len(paths) != wanted:
+            raise UserError(f"{folder / name}.png: {len(paths)} such images, not {wanted} (or {name}_0.png ...) as for each "
+                            f"label map")
     return found
 
 
-def prepare(args: argparse.Namespace, device: torch.device) -> tuple[Callable, LabeledImages, Settings, Path, dict]:
-    """(generate, data set, settings, cache folder, what the result says of its source). Raises UserError."""
-    if args.checkpoint:
-        system, generator, state = load_generator(args.checkpoint, device, args.config)
-        given = apply_overrides(system.settings.model_dump(mode="json"), args.overrides)
-        settings = check_settings(given, str(args.checkpoint))
-        dataset = build_dataset(settings.data, args.split)
-        if list(dataset.class_names) != list(state["class_names"]):
-            raise UserError(f"{args.checkpoint}: trained on {len(state['class_names'])} classes, the data set has "
-                            f"{dataset.num_classes} or others; evaluate on the data set it was trained on")
-        system = system_for(settings, dataset.num_classes)
-        folder = args.checkpoint.absolute().parent  # of train.py's checkpoints, whose cache is shared
-        cache = (folder.parents[1] if folder.name == "checkpoints" else folder) / "cache"
-        source = {"checkpoint": str(args.checkpoint), "step": state["step"]} | system.protocol()
-        return system.sampler(generator), dataset, settings, cache, source
-    settings = load_settings(args.config, args.overrides)
-    maps = partners(args.labels, settings.data)
-    real, made = (partners(folder, settings.data, list(maps)) for folder in (args.real, args.images))
-    samples = list(made.values())
+def from_folders(args: argparse.Namespace) -> Source:
+    """What is evaluated with --images. Raises UserError."""
+    settings, maps = load_settings(args.config, args.overrides), image_files(args.labels)
+    if not maps:
+        raise UserError(f"{args.labels}: no such folder, or no images in it")
+    real, samples = (samples_of(list(maps), folder) for folder in (args.real, args.images))
     for path in itertools.chain(*samples):
         with open_image(path) as image:
             if image.size != settings.data.size[::-1]:
@@ -81,9 +85,10 @@ def prepare(args: argparse.Namespace, device: torch.device) -> tuple[Callable, L
         return torch.stack(images).permute(0, 3, 1, 2).to(label_map.device)
 
     data = settings.data.model_copy(update={"instances": False, "skip_broken": False})
-    dataset = LabeledImages(data, "val", {name: (real[name][0], maps[name][0]) for name in maps})
-    judges = {"diversity_samples": min(settings.eval.diversity_samples, len(samples[0]))}  # as many as there are
-    settings = settings.model_copy(update={"eval": settings.eval.model_copy(update=judges)})
+    dataset = LabeledImages(data, "val", {name: (paths[0], maps[name]) for name, paths in zip(maps, real)})
+    judged = {"diversity_samples": min(settings.eval.diversity_samples, len(samples[0])),  # as many as there are
+              "rough": "none"}  # they are made already
+    settings = settings.model_copy(update={"eval": settings.eval.model_copy(update=judged)})
     source = {"images": str(args.images), "labels": str(args.labels), "real": str(args.real)}
     return generate, dataset, settings, Path("runs") / "cache", source
 
@@ -113,10 +118,11 @@ def main() -> None:
     if bool(args.checkpoint) == all((args.images, args.labels, args.real, args.config)):
         raise UserError("give either --checkpoint, or all of --images, --labels, --real and --config")
     rank, world_size, device = setup_distributed()
-    generate, dataset, settings, cache, source = prepare(args, device)
+    generate, dataset, settings, cache, source = (
+        from_checkpoint(args, device) if args.checkpoint else from_folders(args))
+    judges = build_judges(settings.eval, dataset, device)
     segmenter = segmenter_for(settings, cache, device, rank)
-    metrics = evaluate_generator(generate, dataset, settings.eval, device, cache, segmenter, settings.seed, rank,
-                                 world_size, settings.data.workers)
+    metrics = evaluate_generator(generate, dataset, settings, judges, segmenter, device, cache, rank, world_size)
     metrics["protocol"] |= {"source": source, "data": settings.data.model_dump(mode="json")}
     if rank == 0:
         with whole_file(args.out) as path:

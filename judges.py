@@ -35,32 +35,35 @@ def file_sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def published_weights(name: str, weights: str | None, build: Callable[[dict], nn.Module]) -> tuple[nn.Module, str]:
-    """A network of PUBLISHED_WEIGHTS and the SHA-256 of its weights.
+def published_weights(name: str, file: str | None = None) -> tuple[dict, str]:
+    """State dict of a network of PUBLISHED_WEIGHTS, and the SHA-256 of its file.
 
-    Args:
-        name: a key of PUBLISHED_WEIGHTS.
-        weights: a local file; None looks in torch's hub folder, then fetches the file into it.
-        build: state dict -> network.
-
-    Raises:
-        ValueError: the file is missing and cannot be fetched, or holds something else.
+    file: a local copy; None looks in torch's hub folder, then fetches the file into it.
+    Raises ValueError: it is missing and cannot be fetched, or it is not the published file.
     """
     url, setting = PUBLISHED_WEIGHTS[name]
     kept = Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
+    path, digits = Path(file or kept), kept.stem.split("-")[-1]
     try:
-        if weights:
-            state = torch.load(weights, map_location="cpu", weights_only=True)
-        elif kept.is_file() or answers(url):
-            state = torch.hub.load_state_dict_from_url(url, map_location="cpu", progress=False, check_hash=True,
-                                                       weights_only=True)
-        else:
-            raise OSError(f"no answer from {url}")
-        return build(state), file_sha256(weights or kept)
-    except Exception as error:  # servers, and damaged or foreign files, raise many kinds
-        raise ValueError(f"weights of {name}: {weights or kept} cannot be had ({error!r:.150}); put {kept.name} of "
-                         f"{url} in {kept.parent}, or name the file in {setting}; eval.features=tf_efficientnet_lite2 "
-                         f"and eval.diversity_network=stlpips_vgg need no download") from error
+        if not file and not kept.is_file():
+            if not answers(url):
+                raise OSError(f"no answer from {url}")
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(kept), digits, progress=False)
+        sha256 = file_sha256(path)
+        if not sha256.startswith(digits):
+            raise OSError(f"its SHA-256 begins with {sha256[:8]}, that of the published file with {digits}")
+    except Exception as error:  # servers raise many kinds
+        raise ValueError(f"weights of {name}: {path} cannot be had ({error!r:.150}); put {kept.name} of {url} in "
+                         f"{kept.parent}, or name the file in {setting}; eval.features=tf_efficientnet_lite2 and "
+                         f"eval.diversity_network=stlpips_vgg need no download") from error
+    return torch.load(path, map_location="cpu", weights_only=True), sha256
+
+
+def _stlpips(name: str) -> tuple[nn.Module, str]:
+    trunk = name.split("_")[1]
+    path = Path(stlpips.__file__).parent / "weights" / "vST0.0" / f"{trunk}_shift_tolerant.pth"
+    return stlpips.LPIPS(net=trunk, variant="shift_tolerant", verbose=False), file_sha256(path)
 
 
 class FeatureNetwork(nn.Module):
@@ -109,12 +112,9 @@ def feature_network(name: str, weights: str | None = None, size: int | None = No
     if name == "inception":
         if size is not None:
             raise ValueError(f"eval.features_size: {size}; FID is defined at Inception's own 299, so leave it null")
-
-        def build(state: dict) -> nn.Module:
-            with mock.patch.object(inception, "load_state_dict_from_url", lambda *_, **__: state):
-                return inception.InceptionV3()  # fetches, whatever it is told
-
-        network, sha256 = published_weights(name, weights, build)
+        state, sha256 = published_weights(name, weights)
+        with mock.patch.object(inception, "load_state_dict_from_url", lambda *_, **__: state):
+            network = inception.InceptionV3()  # fetches, whatever it is told
         return FeatureNetwork(name, network, lambda x: network(x)[0], sha256)
     if name in ("stlpips_alex", "stlpips_vgg"):
         network, sha256 = _stlpips(name)
@@ -128,19 +128,12 @@ def feature_network(name: str, weights: str | None = None, size: int | None = No
     return FeatureNetwork(name, network, network, digest.hexdigest(), size, cfg["mean"], cfg["std"])
 
 
-def _stlpips(name: str) -> tuple[nn.Module, str]:
-    trunk = name.split("_")[1]
-    path = Path(stlpips.__file__).parent / "weights" / "vST0.0" / f"{trunk}_shift_tolerant.pth"
-    return stlpips.LPIPS(net=trunk, variant="shift_tolerant", verbose=False), file_sha256(path)
-
-
 class PerceptualNetwork(nn.Module):
     """LPIPS or ST-LPIPS distances within a set of images, each image passed through the network once.
 
     Args:
         name: one of DIVERSITY_NETWORKS.
-        weights: local file of torchvision's AlexNet or VGG-16 (`lpips_*` only); None looks in torch's hub folder,
-            then fetches.
+        weights: local file of torchvision's AlexNet or VGG-16 (`lpips_*` only), see `published_weights`.
         size: images of a smaller height are resized (bilinear) to this height, keeping their aspect; None: never.
 
     Raises:
@@ -151,16 +144,15 @@ class PerceptualNetwork(nn.Module):
         super().__init__()
         if name not in DIVERSITY_NETWORKS:
             raise ValueError(f"eval.diversity_network: {name!r} is none of {', '.join(DIVERSITY_NETWORKS)}")
-
-        def build(state: dict) -> nn.Module:
+        if name.startswith("stlpips"):
+            network, sha256 = _stlpips(name)
+        else:
+            state, sha256 = published_weights(name, weights)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 network = lpips.LPIPS(net=name.split("_")[1], pnet_rand=True, verbose=False)  # only the trunk is random
             trunk = network.net.state_dict()  # its slice2.3.weight is features.3.weight of torchvision
             network.net.load_state_dict({key: state["features." + key.split(".", 1)[1]] for key in trunk})
-            return network
-
-        network, sha256 = _stlpips(name) if name.startswith("stlpips") else published_weights(name, weights, build)
         self.lpips, self.size = network.eval().requires_grad_(False), size
         resizing = f"bilinear to height {size} where smaller" if size else "none"
         self.description = {"network": name, "weights_sha256": sha256, "resize": resizing}

@@ -64,7 +64,7 @@ class Segmenter:
     """A judge: images (B, 3, H, W) uint8 -> class ids (B, H, W) int64 in 0..C, C = none of the data set's classes.
 
     Args:
-        predict: images uint8 -> the network's logits (B, K, h, w) or ids (B, h, w).
+        predict: images uint8 -> the network's logits (B, K, h, w), or ids (B, H, W).
         mapping: the network's id -> class of the data set, or -1 for none.
         class_names: the data set's C classes.
         description: what a result file says of it.
@@ -84,13 +84,9 @@ class Segmenter:
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        ids, size = self.predict(images), images.shape[2:]
+        ids = self.predict(images)
         if ids.ndim == 4:
-            ids = F.interpolate(ids, size=size, mode="bilinear", align_corners=False).argmax(1)
-        ids = F.interpolate(ids[:, None].float(), size=size, mode="nearest")[:, 0].long()
-        if ids.min() < 0 or ids.max() >= len(self.lookup):
-            raise UserError(f"segmenter {self.description['name']}: gave id {int(ids.max())}, but its mapping has "
-                            f"{len(self.lookup)} entries; set eval.segmenter_mapping to one class a segmenter id")
+            ids = F.interpolate(ids, size=images.shape[2:], mode="bilinear", align_corners=False).argmax(1)
         return self.lookup.to(ids.device)[ids]
 
 
@@ -134,11 +130,10 @@ def train_segmenter(settings: DataSettings, steps: int, device: torch.device | s
 def segmenter_for(settings: Settings, cache_dir: str | Path, device: torch.device | str, rank: int = 0) -> Segmenter:
     """The judge that the settings ask for: the one they name, or one trained here once and kept in `cache_dir`.
 
-    Under torch.distributed every process calls it; the first one trains. `eval.segmenter` is a file that was kept so; a
-    TorchScript file (.pt) or `torch.export` file (.pt2) that takes float RGB (B, 3, H, W) in [0, 1] and gives logits
-    (B, K, h, w) or ids (B, h, w); or `hf:NAME`, a semantic segmentation model of the transformers package.
-    `eval.segmenter_mapping` is the class of the data set for each of the segmenter's ids, -1 for none. None: by name,
-    or the same where a file has no names.
+    Under torch.distributed every process calls it; the first one trains. `eval.segmenter` is a file that was kept so
+    (.pt); a `torch.export` file (.pt2) that takes float RGB (B, 3, H, W) in [0, 1] and gives logits (B, K, h, w); or
+    `hf:NAME`, a semantic segmentation model of the transformers package. `eval.segmenter_mapping` is the class of the
+    data set for each of the segmenter's ids, -1 for none. None: by name, or the same where a file has no names.
 
     Raises:
         UserError: unreadable file, or classes that do not fit the data set.
@@ -147,69 +142,68 @@ def segmenter_for(settings: Settings, cache_dir: str | Path, device: torch.devic
     class_names = label_format(data).class_names
     if source is None:
         dataset, steps = build_dataset(data, "train"), settings.eval.segmenter_steps
-        source = cache_file(cache_dir, "segmenter", RECIPE, dataset, list(range(len(dataset))), class_names, steps)
-        if rank == 0 and not source.is_file():
-            save_checkpoint(train_segmenter(data, steps, device), source)
+        file = cache_file(cache_dir, "segmenter", RECIPE, dataset, list(range(len(dataset))), class_names, steps)
+        if rank == 0 and not file.is_file():
+            save_checkpoint(train_segmenter(data, steps, device), file)
         gather(None)  # the others wait for the file
-    path, source = Path(source), str(source)
-    if source.startswith("hf:"):
-        predict, names = _hugging_face(source[3:], device)
-        count, description = len(names), {"name": source}
-    elif not path.is_file():
-        raise UserError(f"eval.segmenter: {path} is not a file; give a TorchScript or torch.export file, or hf:NAME")
-    else:
-        description = {"name": path.name, "sha256": file_sha256(path)}
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            description |= {"trained_size": state["size"], "trained_steps": state["steps"]}
-        except Exception:  # not a file of ours; TorchScript and exported programs raise various errors here
-            names, (predict, count) = class_names, _exported(path, data.size, device)
+        source = str(file)
+    try:
+        if source.startswith("hf:"):
+            predict, names = _hugging_face(source[3:], device)
+            description = {"name": source}
         else:
-            names, count = state["class_names"], len(state["class_names"])
-            network = SmallUNet(count)
-            network.load_state_dict(state["weights"])
-            network.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
-            predict = lambda images: network((images.float() / 127.5 - 1).to(memory_format=torch.channels_last))
+            description = {"name": Path(source).name, "sha256": file_sha256(source)}
+            if source.endswith(".pt2"):
+                predict, names = _exported(source, data.size, class_names, device)
+            else:
+                predict, names, more = _trained_here(source, device)
+                description |= more
+    except Exception as error:  # as many kinds as there are files
+        raise UserError(f"eval.segmenter: {source} cannot be loaded and run ({error!r:.150}); give a torch.export file "
+                        f"(.pt2), one that was trained here (.pt) or hf:NAME (pip install transformers; without a "
+                        f"connection hf:FOLDER)") from error
     if mapping is None:
-        plain = lambda name: name.split(",")[0].split(";")[0].strip().lower().replace("-", " ")
-        known = {plain(name): c for c, name in enumerate(class_names)} | {name: c for c, name in enumerate(class_names)}
-        mapping = [known.get(name, known.get(plain(name))) for name in names]
+        known = {name: c for c, name in enumerate(class_names)}
+        mapping = [known.get(name, known.get(name.split(",")[0].strip().lower())) for name in names]  # "Road, route"
         if None in mapping:
             raise UserError(f"segmenter {source}: its class {names[mapping.index(None)]!r} is not in the data set; set "
                             f"eval.segmenter_mapping to one class (or -1) for each of its {len(names)} classes")
-    if count not in (None, len(mapping)) or not set(mapping) <= {-1, *range(len(class_names))}:
+    if len(mapping) != len(names) or not set(mapping) <= {-1, *range(len(class_names))}:
         raise UserError(f"segmenter {source}: eval.segmenter_mapping is {shorten(mapping)}; it needs an entry for each "
-                        f"of its {count or len(mapping)} classes: 0 to {len(class_names) - 1}, or -1 for none")
+                        f"of its {len(names)} classes: 0 to {len(class_names) - 1}, or -1 for none")
     return Segmenter(predict, mapping, class_names, description)
 
 
-def _exported(path: Path, size: tuple[int, int], device: torch.device | str) -> tuple[Callable, int | None]:
-    """(predict, number of classes or None where the network gives ids) of a TorchScript or exported file."""
-    try:
-        network = torch.export.load(path).module() if path.suffix == ".pt2" else torch.jit.load(path, device).eval()
-        network = network.to(device)
-        with torch.no_grad():
-            output = network(torch.zeros(1, 3, *size, device=device))
-    except Exception as error:  # as many kinds as there are files
-        raise UserError(f"segmenter {path}: cannot be loaded and run on {size} images ({error!r:.150}); export it with "
-                        f"torch.jit or torch.export") from error
-    return lambda images: network(images.float() / 255), output.shape[1] if output.ndim == 4 else None
+def _trained_here(file: str, device: torch.device | str) -> tuple[Callable, list[str], dict]:
+    """(predict, class names, what a result file says of it) of what `train_segmenter` gave."""
+    state = torch.load(file, map_location="cpu", weights_only=True)
+    network = SmallUNet(len(state["class_names"]))
+    network.load_state_dict(state["weights"])
+    network.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    predict = lambda images: network((images.float() / 127.5 - 1).to(memory_format=torch.channels_last))
+    return predict, state["class_names"], {"trained_size": state["size"], "trained_steps": state["steps"]}
+
+
+def _exported(file: str, size: tuple[int, int], class_names: list[str],
+              device: torch.device | str) -> tuple[Callable, list[str]]:
+    """(predict, class names) of a torch.export file, which has no names: those of the data set, if it has as many."""
+    network = torch.export.load(file).module().to(device)
+    with torch.no_grad():
+        count = [network(torch.zeros(batch, 3, *size, device=device)).shape[1] for batch in (1, 2)][0]
+    names = class_names if count == len(class_names) else [f"output {i}" for i in range(count)]
+    return lambda images: network(images.float() / 255), names
 
 
 def _hugging_face(name: str, device: torch.device | str) -> tuple[Callable, list[str]]:
     """(predict, class names) of a transformers model: SegFormer, UperNet, Mask2Former and their like."""
     if not Path(name).is_dir() and not answers(huggingface_hub.constants.ENDPOINT):
         huggingface_hub.constants.HF_HUB_OFFLINE = True  # its client would ask on for a minute
+    from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, AutoModelForUniversalSegmentation
+    processor = AutoImageProcessor.from_pretrained(name)
     try:
-        from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, AutoModelForUniversalSegmentation
-        processor = AutoImageProcessor.from_pretrained(name)
-        try:
-            network = AutoModelForSemanticSegmentation.from_pretrained(name)
-        except ValueError:  # Mask2Former and OneFormer are of the other kind
-            network = AutoModelForUniversalSegmentation.from_pretrained(name)
-    except (ImportError, OSError, ValueError) as error:
-        raise UserError(f"eval.segmenter: hf:{name} cannot be had ({error!r:.120}); pip install transformers; without "
-                        f"a connection give the folder of a downloaded one, hf:FOLDER") from error
+        network = AutoModelForSemanticSegmentation.from_pretrained(name)
+    except ValueError:  # Mask2Former and OneFormer are of the other kind
+        network = AutoModelForUniversalSegmentation.from_pretrained(name)
     network = network.to(device).eval()
 
     def predict(images: torch.Tensor) -> torch.Tensor:

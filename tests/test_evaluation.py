@@ -1,19 +1,25 @@
-"""evaluation.py: the same figures however the images are shared out, and what is kept of the real ones."""
+"""evaluation.py: the same figures however the images are shared out, what is kept of the real ones, diversity, rough maps."""
 
+import itertools
+
+import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
 
-from config import check_settings
+from augment import roughen
+from config import UserError, check_settings
 from dataset import build_dataset
-from evaluation import Tally, evaluate_generator, higher_is_better, metric_names
-from interface import noise
+from evaluation import Tally, build_judges, evaluate_generator, higher_is_better, metric_names
+from interface import noise, sample_seed
 
-GIVEN = {"data": {"size": [32, 32], "workers": 0},
+GIVEN = {"seed": 5, "data": {"size": [32, 32], "workers": 0},
          "eval": {"num_images": 10, "batch_size": 4, "features": "stlpips_alex", "features_size": 32, "kid_subsets": 4,
                   "kid_subset_size": 6, "diversity_network": "stlpips_alex", "diversity_size": None,
-                  "diversity_maps": 3, "diversity_samples": 2}}
+                  "diversity_maps": 3, "diversity_samples": 3}}
 SETTINGS = check_settings(GIVEN, "test")
+DATASET = build_dataset(SETTINGS.data, "val")
+INDICES = range(0, 500, 50)  # 10 of the 500 scenes
 
 
 class BlackIsZero:
@@ -32,10 +38,10 @@ def painted(label_map, sample_seeds, k):
     return (label_map[:, None] * 20 + 10 * grain).clamp(0, 255).to(torch.uint8)
 
 
-def measure(cache, rank=0, world_size=1, **changes):
-    settings = SETTINGS.eval.model_copy(update=changes)
-    dataset = build_dataset(SETTINGS.data, "val")
-    return evaluate_generator(painted, dataset, settings, "cpu", cache, BlackIsZero(), 5, rank, world_size)
+def measure(cache, rank=0, world_size=1, generate=painted, **changes):
+    settings = SETTINGS.model_copy(update={"eval": SETTINGS.eval.model_copy(update=changes)})
+    return evaluate_generator(generate, DATASET, settings, build_judges(settings.eval, DATASET, "cpu"), BlackIsZero(), "cpu",
+                              cache, rank, world_size)
 
 
 def one_of_two(rank, folder):
@@ -60,7 +66,9 @@ def test_real_images_are_cached_under_their_own_key(tmp_path, monkeypatch):
     first = measure(tmp_path)
     updates, update = [], Tally.update
     monkeypatch.setattr(Tally, "update", lambda self, *args: updates.append(self) or update(self, *args))
-    assert measure(tmp_path)["fd_stlpips_alex"] == pytest.approx(first["fd_stlpips_alex"], rel=1e-9)
+    again = measure(tmp_path)
+    assert again == {key: pytest.approx(first[key], rel=1e-9) if isinstance(first[key], float) else first[key]
+                     for key in first}
     assert len(updates) == 3  # batches of generated images only
     updates.clear()
     measure(tmp_path, features_size=40)
@@ -73,4 +81,52 @@ def test_metric_names_are_those_measured(tmp_path, changes):
     measured = {key for key, value in measure(tmp_path, **changes).items() if isinstance(value, float)}
     assert measured == {*names, "kid_stlpips_alex_std", "miou_real", "pixel_accuracy_real"}
     assert [name for name in names if higher_is_better(name)] == [
-        name for name in names if name in ("miou", "pixel_accuracy", "stlpips_alex_diversity")]
+        name for name in names if name in ("miou", "pixel_accuracy") or "diversity" in name]
+
+
+def views_in_numpy(image):
+    """Coarse brightness (1, 16, 16), coarse color and detail (3, 16, 16) of an image (3, 32, 32) in [-1, 1]."""
+    fine = image.reshape(3, 16, 2, 16, 2).mean((2, 4))
+    blocks = fine.reshape(3, 4, 4, 4, 4).mean((2, 4))
+    place = ((np.arange(16) + 0.5) / 4 - 0.5).clip(0, 3)
+    weights = np.maximum(0, 1 - np.abs(place[:, None] - np.arange(4)))  # linear interpolation between block centers
+    coarse = weights @ blocks @ weights.T
+    brightness = coarse.mean(0, keepdims=True)
+    return brightness, coarse - brightness, fine - coarse
+
+
+def distances_in_numpy(images):
+    """(3,) of a pair of images uint8."""
+    (b1, c1, d1), (b2, c2, d2) = (views_in_numpy(np.asarray(image) / 127.5 - 1) for image in images)
+    return [np.abs(b1 - b2).mean(), np.abs(c1 - c2).mean(), np.abs(d1 - d2).mean() / (np.abs(d1).mean() + np.abs(d2).mean())]
+
+
+def test_diversity_in_brightness_color_and_detail_equals_numpy(tmp_path):
+    metrics = measure(tmp_path, batch_size=3)
+    assert "rough" not in metrics["protocol"]
+    real = [DATASET[index][0] for index in INDICES]
+    between_real = np.mean([distances_in_numpy(pair) for pair in zip(real, real[1:])], axis=0)
+    between_samples = []
+    for index in (0, 150, 300):  # 3 of the 10
+        samples = [painted(DATASET[index][1][None].long(), [sample_seed(5, index)], k)[0] for k in range(3)]
+        between_samples += [distances_in_numpy(pair) for pair in itertools.combinations(samples, 2)]
+    expected = np.mean(between_samples, axis=0) / between_real
+    assert [metrics[f"diversity_{view}"] for view in ("brightness", "color", "detail")] == pytest.approx(expected, rel=1e-4)
+
+
+def test_rough_label_maps_are_for_the_generator_alone(tmp_path, monkeypatch):
+    """It gets them in every sample; its images are judged against the true ones."""
+    got, judged, update = [], [], Tally.update
+    monkeypatch.setattr(Tally, "update", lambda self, images, labels: judged.append(labels) or update(self, images, labels))
+    spy = lambda label_map, seeds, k: got.append((label_map, seeds, k)) or painted(label_map, seeds, k)
+    metrics = measure(tmp_path, rough="random", generate=spy)
+    assert metrics["protocol"]["rough"] == "random" and {k for *_, k in got} == {0, 1, 2}
+    true = {sample_seed(5, index): DATASET[index][1].long() for index in INDICES}
+    for maps, seeds, _ in got:
+        assert torch.equal(maps, torch.stack([roughen(true[seed], "random", 12, seed) for seed in seeds]))
+    assert torch.equal(torch.cat(judged[1::2]), torch.stack(list(true.values())))  # in turns with the real images
+
+
+def test_one_image_is_too_few():
+    with pytest.raises(UserError, match="eval.num_images is 1, val has 500: distances need at least 2"):
+        build_judges(SETTINGS.eval.model_copy(update={"num_images": 1}), DATASET, "cpu")

@@ -18,29 +18,31 @@ import judges
 from metrics import frechet_distance, mean_and_covariance
 
 
-@pytest.fixture(scope="module")
-def inception_weights(tmp_path_factory):
-    """A hub folder with random weights under the name of pytorch-fid's file."""
-    torch.manual_seed(0)
-    with pytest.MonkeyPatch.context() as patch:
+@pytest.fixture
+def random_weights(tmp_path, monkeypatch):
+    """random_weights(name, state) -> a file that passes for the published weights."""
+    def write(name, state):
+        torch.save(state, tmp_path / "weights.pth")
+        url = f"https://nowhere/weights-{judges.file_sha256(tmp_path / 'weights.pth')[:8]}.pth"
+        monkeypatch.setitem(judges.PUBLISHED_WEIGHTS, name, (url, "eval.weights"))
+        return str(tmp_path / "weights.pth")
+
+    return write
+
+
+def test_fid_equals_pytorch_fid(tmp_path, random_weights, monkeypatch):
+    rng = np.random.default_rng(0)
+    with monkeypatch.context() as patch:
         patch.setattr(inception, "load_state_dict_from_url", lambda *_, **__: {})
         patch.setattr(torch.nn.Module, "load_state_dict", lambda *_: None)
-        network = inception.fid_inception_v3()
-    for module in network.modules():  # PyTorch's own initialisation lets the signal die out over 90 layers
-        if isinstance(module, torch.nn.Conv2d):
-            torch.nn.init.kaiming_normal_(module.weight)
-    path = tmp_path_factory.mktemp("hub") / "checkpoints" / "pt_inception-2015-12-05-6726825d.pth"
-    path.parent.mkdir()
-    torch.save(network.state_dict(), path)
-    return path
-
-
-def test_fid_equals_pytorch_fid(tmp_path, inception_weights, monkeypatch):
-    rng = np.random.default_rng(0)
-    monkeypatch.setenv("TORCH_HOME", str(inception_weights.parents[1]))
-    monkeypatch.setattr(torch.hub, "_hub_dir", str(inception_weights.parents[1]))
-    reference_network = inception.InceptionV3()
-    ours = judges.feature_network("inception", str(inception_weights))
+        state = inception.fid_inception_v3().state_dict()
+    for tensor in state.values():
+        if tensor.ndim == 4:  # PyTorch's own initialisation lets the signal die out over 90 layers
+            torch.nn.init.kaiming_normal_(tensor)
+    with monkeypatch.context() as patch:
+        patch.setattr(inception, "load_state_dict_from_url", lambda *_, **__: state)
+        reference_network = inception.InceptionV3()
+    ours = judges.feature_network("inception", random_weights("inception", state))
     references, statistics = [], []
     for high in (256, 160):
         images = rng.integers(0, high, (5, 48, 64, 3), dtype=np.uint8)
@@ -63,16 +65,13 @@ def test_fid_equals_pytorch_fid(tmp_path, inception_weights, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["lpips_alex", "stlpips_vgg"])
-def test_diversity_equals_calling_the_package(name, tmp_path):
+def test_diversity_equals_calling_the_package(name, random_weights):
     images = torch.randint(0, 256, (3, 3, 48, 48), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     weights = None
     if name == "lpips_alex":
-        weights = str(tmp_path / "alexnet.pth")
-        torch.save(torchvision.models.alexnet(weights=None).state_dict(), weights)
-    network = judges.PerceptualNetwork(name, weights, size=64)
-    if name == "lpips_alex":
+        trunk = torchvision.models.alexnet(weights=None).state_dict()
+        weights = random_weights(name, trunk)
         reference = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)
-        trunk = torch.load(weights, weights_only=True)
         slices = [getattr(reference.net, f"slice{i}") for i in range(1, 6)]
         convolutions = [m for s in slices for m in s if isinstance(m, torch.nn.Conv2d)]
         for convolution, place in zip(convolutions, (0, 3, 6, 8, 10)):
@@ -80,6 +79,7 @@ def test_diversity_equals_calling_the_package(name, tmp_path):
     else:
         from stlpips_pytorch import stlpips
         reference = stlpips.LPIPS(net="vgg", variant="shift_tolerant", verbose=False)
+    network = judges.PerceptualNetwork(name, weights, size=64)
     x = torch.nn.functional.interpolate(images.float() / 127.5 - 1, (64, 64), mode="bilinear", align_corners=False)
     with torch.no_grad():
         expected = np.mean([reference(x[i:i + 1], x[j:j + 1]).item() for i, j in ((0, 1), (0, 2), (1, 2))])

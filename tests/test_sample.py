@@ -5,8 +5,6 @@ from conftest import TINY, error_line
 from PIL import Image
 
 import scenes
-from config import DataSettings
-from evaluate import partners
 
 
 @pytest.fixture
@@ -55,7 +53,7 @@ def test_ids_colors_palette_files_and_other_sizes_give_the_same_image(run, model
 
 
 def test_a_class_table_travels_in_the_checkpoint(run, train, tmp_path, folder_data):
-    """Ids are those of a file that is gone; the sheet beside the images is no image to evaluate."""
+    """Ids are those of a file that is gone."""
     table = tmp_path / "mine.csv"
     table.write_text("id,name,r,g,b\n40,cat,255,0,0\n20,dog,0,255,0\n7,fox,0,0,255\n255,void,0,0,0\n")
     ids = np.full(256, 255, np.uint8)
@@ -72,9 +70,6 @@ def test_a_class_table_travels_in_the_checkpoint(run, train, tmp_path, folder_da
     sheet = pixels(tmp_path / "out/grid.png")  # a row a map: its colors, its image
     first = np.asarray(Image.open(folder_data / "val/labels/0.png").resize((32, 32), Image.Resampling.NEAREST))
     assert (sheet[:32, :32][first == 40] == [255, 0, 0]).all() and (sheet[:32, :32][first == 255] == 0).all()
-    names = [str(i) for i in range(6)]
-    found = partners(tmp_path / "out", DataSettings(name="folder"), names)
-    assert found == {name: [tmp_path / "out" / f"{name}.png"] for name in names}
 
 
 def test_interpolation_goes_from_the_first_sample_to_the_second(run, model):
