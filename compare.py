@@ -39,7 +39,8 @@ FREE = ("name", "train.steps", "data.workers")  # what may change in an ablation
 
 
 class Ablation(Section):
-    """What --run reads. Changes are key.path=value; each row with each seed is a run."""
+    """What --run reads. Changes are key.path=value, behind a configuration of its own if a row names one; each row with each
+    seed is a run."""
 
     base: str = "config.yaml"
     changes: list[str] = []  # of all rows
@@ -245,16 +246,17 @@ def plan_ablation(path: Path) -> tuple[int, dict[Path, tuple[Settings, list[str]
         raise UserError(f"{path}: cannot be read as YAML ({' '.join(str(error).split())[:300]})") from error
     plan = {}
     for row, changes in ablation.rows.items():
+        base, *changes = changes if changes and changes[0].endswith(".yaml") else [ablation.base, *changes]
         for seed in ablation.seeds:
             folder = Path("runs") / f"{path.stem}_{row}_{seed}"
             overrides = [*ablation.changes, *changes, f"seed={seed}", f"name={folder.name}"]
-            settings = load_settings(ablation.base, overrides)
+            settings = load_settings(base, overrides)
             before = Run(folder).flat if (folder / "config.yaml").is_file() else {}
             for key, value in flat(settings).items():
                 if key not in FREE and before.get(key, value) != value:
                     raise UserError(f"{folder}/config.yaml: {key} is {before[key]}, in {path} {value}; give the row "
                                     "another name, or move the folder away")
-            plan[folder] = settings, [sys.executable, str(TRAIN), "--config", ablation.base, *overrides, "--resume"]
+            plan[folder] = settings, [sys.executable, str(TRAIN), "--config", base, *overrides, "--resume"]
     return ablation.at_once, plan
 
 

@@ -284,7 +284,10 @@ def test_a_failed_run_is_named_and_the_others_go_on(ablation, tmp_path):
     assert process.exitcode == 0 and said.count("not finished, error: no memory") == 2 and said.count(": done") == 4
 
 
-def test_the_ablation_of_the_results_is_a_file(capsys, monkeypatch):
+def test_the_comparisons_of_the_results_are_files(capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
-    call(run=Path("configs/ablation.yaml"), print=True)
-    assert "train.batch_size=4" in capsys.readouterr().out
+    for name, runs, said in (("ablation", 20, "backbone.pretrained=false"), ("diversity", 4, "loss.diversity=0"),
+                             ("systems", 6, "--config configs/oasis_camvid.yaml")):
+        call(run=Path(f"configs/{name}.yaml"), print=True)
+        lines = capsys.readouterr().out.splitlines()
+        assert len(lines) == runs and sum(said in line for line in lines) == 2

@@ -70,7 +70,7 @@ def test_the_schema_is_the_settings_and_covers_every_file():
     steps = schema["$defs"]["TrainSettings"]["properties"]["steps"]
     assert steps["default"] == 600 and steps["minimum"] == 1 and "steps in all" in steps["description"]
     for path in [ROOT / "config.yaml", *ROOT.glob("configs/*.yaml")]:
-        if "ablation" not in path.name:
+        if "\nrows:" not in path.read_text():
             load_settings(path)
             modeline = path.read_text().splitlines()[0]
             assert modeline.startswith("# yaml-language-server: $schema=")

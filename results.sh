@@ -1,0 +1,76 @@
+#!/usr/bin/env bash
+# Makes the figures of RESULTS.md: ./results.sh [SECTION ...], all of them by default, which takes two days on two cores.
+# What is done is passed by, so start it again after a stop. Tables, curves and pictures go to results/SECTION.
+# CamVid is wanted as camvid/{train,val}/{images,labels} here, or as a link to such a folder.
+set -euo pipefail
+cd "$(dirname "$0")"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+
+once() {  # FILE COMMAND ...: what the command prints goes to the file, unless it is there
+  local file="results/$1"
+  shift
+  [ -e "$file" ] && return
+  mkdir -p "$(dirname "$file")"
+  "$@" | tee "$file.part"
+  mv "$file.part" "$file"
+}
+
+clone() {  # OWNER/NAME
+  [ -e "official/${1#*/}" ] || git clone "https://github.com/$1" "official/${1#*/}"
+}
+
+section_1() {  # quick start, a generator that was not trained, each class in its mean color
+  OMP_NUM_THREADS=2 python train.py --config config.yaml --resume
+  python train.py --config config.yaml name=untrained train.steps=1 train.lr_generator=0 --resume
+  python compare.py runs/scenes runs/untrained --out results/1
+  for split in train val; do
+    [ -e "results/1/$split" ] || python data.py export --config config.yaml --split $split --count 256 --out "results/1/$split"
+  done
+  python - <<'END'
+from pathlib import Path
+import numpy as np
+from PIL import Image
+read = lambda kind, split: {path.name: np.asarray(Image.open(path)) for path in Path(f"results/1/{split}/{kind}").glob("*.png")}
+images, labels, maps = read("images", "train"), read("labels", "train"), read("labels", "val")
+pixels, ids = (np.concatenate([array[name].reshape(-1, *array[name].shape[2:]) for name in images]) for array in (images, labels))
+colors = np.stack([pixels[ids == i].mean(0) if (ids == i).any() else pixels.mean(0) for i in range(256)])
+Path("results/1/painted").mkdir(exist_ok=True)
+for name, label in maps.items():
+    Image.fromarray(colors[label].round().astype(np.uint8)).save(f"results/1/painted/{name}")
+END
+  once 1/painted.txt python evaluate.py --images results/1/painted --labels results/1/val/labels --real results/1/val/images \
+    --config config.yaml --out results/1/painted.json
+}
+
+section_2() { python compare.py --run configs/diversity.yaml --out results/2; }
+
+section_3() {
+  python compare.py --run configs/systems.yaml --out results/3
+  for steps in 10 25 50 100; do
+    once 3/sdm_$steps.txt python evaluate.py --checkpoint runs/systems_sdm_0/checkpoints/latest.pt diffusion.steps=$steps \
+      eval.num_images=40 --out results/3/sdm_$steps.json
+  done
+}
+
+section_4() { python compare.py --run configs/ablation.yaml --out results/4; }
+
+section_5() { OMP_NUM_THREADS=2 once 5/cost.txt python bench.py --cost; }
+
+section_6() {
+  clone boschresearch/OASIS
+  clone WeilunWang/semantic-diffusion-model
+  OMP_NUM_THREADS=2 once 6/oasis.txt python bench.py --official official/OASIS
+  OMP_NUM_THREADS=2 once 6/sdm.txt python bench.py --official official/semantic-diffusion-model
+}
+
+section_7() {
+  for change in train.batch_size=4 train.batch_size=8 train.batch_size=16 data.size=128 data.size=256; do
+    once 7/$change.txt python bench.py --config config.yaml --steps 4 $change
+  done
+}
+
+section_8() { once 8/tests.txt python -m pytest -m slow -s; }
+
+for section in ${*:-1 2 3 4 5 6 7 8}; do
+  "section_$section"
+done
