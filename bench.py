@@ -1,32 +1,29 @@
 """What training and sampling cost on this machine.
 
-    python bench.py [--config FILE] [--profile] [key.path=value ...]    a training step and a sample
-    python bench.py --cost                                              DP-SIMS, OASIS and SDM at published size
-    python bench.py --official DIR                                      ours against a clone of boschresearch/OASIS or of
-                                                                        WeilunWang/semantic-diffusion-model
+    python bench.py [--config FILE] [--config FILE ...] [--steps N] [key.path=value ...]
+    python bench.py --official DIR    a clone of boschresearch/OASIS or of WeilunWang/semantic-diffusion-model against ours
 
-Networks have random weights, which cost the same. Everything is timed on the device that training would use: on a GPU in
-bf16, but for the samples of GANs, which sample.py draws in float32; on a CPU in float32 with OMP_NUM_THREADS threads. FLOPs
-are torch's count: a multiplication and an addition are two; lookups and element-wise work count nothing. Images by diffusion
-are extrapolated: the encoding of the label map and one step, both passes of guidance, are measured, and the step counts
-diffusion.steps times. --profile prints torch's own profile of a training step. --out FILE writes the figures as JSON.
---official runs the published code as it is (float32, one image, 256 x 256, ADE20K's recipe; OASIS's training step without
-EMA; of SDM's chain one step with guidance). All take turns, each in a process of its own, so that whatever else the machine
-does meets all of them.
+The first prints what a sample and a training step cost in each configuration, and behind each figure its ratio to the first
+row's. Networks have random weights, which cost the same, and each configuration has a process of its own. Everything runs on
+the device that training would use: on a GPU in bf16, but for the samples of GANs, which sample.py draws in float32; on a CPU in
+float32 with OMP_NUM_THREADS threads. FLOPs are torch's count: a multiplication and an addition are two; lookups and
+element-wise work count nothing. Images by diffusion are extrapolated: the encoding of the label map and one step, both passes
+of guidance, are measured, and the step counts diffusion.steps times.
+
+The second runs the published code as it is (float32, one image, 256 x 256, ADE20K's recipe; OASIS's training step without EMA;
+of SDM's chain one step with guidance). The codes take turns, so that whatever else the machine does meets all of them.
 """
 
 import argparse
-import contextlib
 import itertools
-import json
 import multiprocessing
-import platform
 import statistics
 import sys
 import time
 import types
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -42,11 +39,10 @@ from systems import system_for
 
 HERE = Path(__file__).parent
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-PUBLISHED_SIZE = {"DP-SIMS": HERE / "configs/ade20k.yaml", "OASIS": HERE / "configs/oasis_ade20k.yaml",
-                  "SDM": HERE / "configs/sdm_ade20k.yaml"}
+PROCESSES = multiprocessing.get_context("spawn")
 
 
-def seconds(call: Callable, repeat: int = 5, warm_up: int = 1) -> float:
+def seconds(call: Callable, repeat: int = 1, warm_up: int = 1) -> float:
     """Median time of `call()`."""
     times = []
     for _ in range(warm_up + repeat):
@@ -76,52 +72,39 @@ def system_of(settings: Settings) -> System:
 
 def training_step(system: System) -> Callable:
     """A call that trains once, on random images and rendered label maps."""
-    settings, trainer = system.settings, system.trainer(DEVICE)
-    batch, size = settings.train.batch_size, settings.data.size
+    trainer, batch, size = system.trainer(DEVICE), system.settings.train.batch_size, system.settings.data.size
     images = torch.randint(0, 256, (batch, 3, *size), dtype=torch.uint8, device=DEVICE)
     maps = drawn_maps(batch, system.num_classes, size)
     steps = itertools.count()
     return lambda: trainer.step(images, maps, next(steps), list(range(batch)))
 
 
-@torch.no_grad()
-def bench_sampling(settings: Settings, repeat: int = 3) -> dict:
-    """Seconds and FLOPs of an image at batch 1, parameters of the generator, and the peak memory of this process."""
+def costs(settings: Settings, steps: int, samples: int = 3) -> dict[str, dict[str, float]]:
+    """Figures by their units, of a sample and, unless `steps` is 0, of a training step; the memory is this process's peak."""
     system = system_of(settings)
     generator = system.build().eval().to(DEVICE, memory_format=torch.channels_last)
     maps = drawn_maps(1, system.num_classes, settings.data.size).long()
-    count = system.cost(flops, generator, maps)
-    return {"seconds": system.cost(lambda call: seconds(call, repeat), generator, maps), "flops": count,
-            "parameters": sum(p.numel() for p in generator.parameters()), "peak_memory_gib": peak_memory(DEVICE)}
-
-
-def bench_training(settings: Settings, steps: int, profile: bool) -> dict:
-    """Seconds and FLOPs of a training step, images a second, and the peak memory of this process."""
-    step = training_step(system_of(settings))
-    count, time_of_step = flops(step), seconds(step, steps)
-    if profile:
-        with torch.profiler.profile() as profiler:
-            step()
-        print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=25, max_name_column_width=40))
-    return {"seconds": time_of_step, "images_per_second": settings.train.batch_size / time_of_step, "flops": count,
-            "batch_size": settings.train.batch_size, "peak_memory_gib": peak_memory(DEVICE)}
-
-
-def cost_table() -> dict:
-    """An image by each system at published size; each in a process of its own, for its memory."""
-    context, rows = multiprocessing.get_context("spawn"), {}
-    for name, config in PUBLISHED_SIZE.items():
-        with context.Pool(1) as pool:
-            rows[name] = pool.apply(bench_sampling, (load_settings(config),))
-    keys = {"parameters": (1e6, "M"), "flops": (1e12, "TFLOP"), "seconds": (1, "s"), "peak_memory_gib": (1, "GiB")}
-    for name, row in rows.items():
-        print(f"{name:10}" + "".join(f"{row[key] / unit:>12.3f} {text} {row[key] / rows['DP-SIMS'][key]:>9.2f}x"
-                                     for key, (unit, text) in keys.items()))
+    with torch.no_grad():
+        rows = {"sample": {"s": system.cost(lambda call: seconds(call, samples), generator, maps),
+                           "TFLOP": system.cost(flops, generator, maps) / 1e12, "GiB": peak_memory(DEVICE),
+                           "M parameters": sum(p.numel() for p in generator.parameters()) / 1e6}}
+    del generator
+    if steps:
+        step = training_step(system)
+        rows["training step"] = {"s": seconds(step, steps), "TFLOP": flops(step) / 1e12, "GiB": peak_memory(DEVICE)}
     return rows
 
 
-def published_oasis(folder: Path) -> dict[str, Callable]:
-    """The published networks and losses, of the recipe for ADE20K, from a clone of boschresearch/OASIS."""
+def show(what: str, rows: dict[str, dict[str, float]]) -> None:
+    """Print rows of figures by their units, each with its ratio to that of the first row."""
+    first = next(iter(rows.values()))
+    for name, row in rows.items():
+        print(f"{what:18}{name:28}" + "".join(f"{value:11.4g} {unit} {value / first[unit]:8.2f}x"
+                                              for unit, value in row.items()), flush=True)
+
+
+def published_oasis(folder: Path, training: bool) -> Callable:
+    """A training step or a sample by the published code, recipe for ADE20K, from a clone of boschresearch/OASIS."""
     options = types.SimpleNamespace(
         phase="train", continue_train=False, no_EMA=False, add_vgg_loss=False, no_labelmix=False, lambda_labelmix=10.0,
         no_balancing_inloss=False, contain_dontcare_label=True, no_spectral_norm=False, channels_G=64, num_res_blocks=6,
@@ -134,121 +117,100 @@ def published_oasis(folder: Path) -> dict[str, Callable]:
     from models.losses import losses_computer
     from models.models import OASIS_model
     official, criterion = OASIS_model(options).to(DEVICE), losses_computer(options)
-    image, maps = drawn_pair()
-    one_hot = torch.nn.functional.one_hot((maps.long() + 1) % 151, 151).permute(0, 3, 1, 2).float().contiguous()
+    image = torch.rand(1, 3, 256, 256, device=DEVICE) * 2 - 1
+    ids = (drawn_maps(1, 150, (256, 256)).long() + 1) % 151
+    one_hot = torch.nn.functional.one_hot(ids, 151).permute(0, 3, 1, 2).float().contiguous()
+    if not training:
+        return lambda: official.eval()(None, one_hot, "generate", None)
     adam = lambda network, rate: torch.optim.Adam(network.parameters(), rate, (0.0, 0.999))
     optimizers = adam(official.netG, 1e-4), adam(official.netD, 4e-4)
 
     def step() -> None:
-        official.train()
         for mode, optimizer in zip(("losses_G", "losses_D"), optimizers):
             official.zero_grad()
-            official(image.float() / 127.5 - 1, one_hot, mode, criterion)[0].backward()
+            official(image, one_hot, mode, criterion)[0].backward()
             optimizer.step()
 
-    return {"sample": lambda: official.eval()(None, one_hot, "generate", None), "training step": step}
+    return step
 
 
-def published_sdm(folder: Path) -> dict[str, Callable]:
-    """The published network and chain, of the recipe for ADE20K, from a clone of WeilunWang/semantic-diffusion-model."""
+def published_sdm(folder: Path) -> Callable:
+    """A step of the published chain, recipe for ADE20K, from a clone of WeilunWang/semantic-diffusion-model."""
     sys.path.insert(0, str(folder))
     from guided_diffusion.script_util import create_model_and_diffusion, model_and_diffusion_defaults
     network, chain = create_model_and_diffusion(**{
         **model_and_diffusion_defaults(), "image_size": 256, "num_classes": 151, "no_instance": True, "class_cond": True,
         "num_channels": 256, "num_res_blocks": 2, "num_head_channels": 64, "attention_resolutions": "32,16,8",
         "resblock_updown": True, "use_scale_shift_norm": True, "learn_sigma": True, "noise_schedule": "linear"})
-    network, maps = network.to(DEVICE).eval().requires_grad_(False), drawn_pair()[1]
+    network, maps = network.to(DEVICE).eval().requires_grad_(False), drawn_maps(1, 150, (256, 256))
     one_hot = torch.nn.functional.one_hot(maps.long(), 151).permute(0, 3, 1, 2).float().contiguous()
     noisy, t = torch.randn(1, 3, 256, 256, device=DEVICE), torch.full((1,), 500, device=DEVICE)
-    return {"step of a sample": lambda: chain.p_sample(network, noisy, t, model_kwargs={"y": one_hot, "s": 1.5})}
+    return lambda: chain.p_sample(network, noisy, t, model_kwargs={"y": one_hot, "s": 1.5})
 
 
-def our_training(name: str) -> dict[str, Callable]:
-    return {"training step": training_step(system_of(load_settings(PUBLISHED_SIZE[name], ["train.batch_size=1"])))}
+def our_step(config: str) -> Callable:
+    return training_step(system_of(load_settings(HERE / config, ["train.batch_size=1"])))
 
 
-def our_sample(name: str) -> dict[str, Callable]:
-    """What an image by one of our systems is made of, in float32: one call, or with diffusion the label map and a step."""
-    system, calls = system_of(load_settings(PUBLISHED_SIZE[name])), []
+def our_sample(config: str) -> Callable:
+    """What an image by one of our systems takes, in float32; of a diffusion chain, one step."""
+    system, calls = system_of(load_settings(HERE / config)), []
     generator = system.build().to(DEVICE, memory_format=torch.channels_last).eval().requires_grad_(False)
-    system.cost(lambda call: calls.append(call) or 0, generator, drawn_pair()[1].long())
-    return dict(zip(["step of a sample", "label map, once an image"] if len(calls) > 1 else ["sample"], calls[::-1]))
+    system.cost(lambda call: calls.append(call) or 0, generator, drawn_maps(1, 150, (256, 256)).long())
+    return calls[-1]
 
 
-def drawn_pair() -> tuple[torch.Tensor, torch.Tensor]:
-    """An image (1, 3, 256, 256) uint8 and a label map of 150 classes (1, 256, 256) uint8."""
-    return torch.randint(0, 256, (1, 3, 256, 256), dtype=torch.uint8, device=DEVICE), drawn_maps(1, 150, (256, 256))
+def enter(build: Callable, *arguments) -> None:
+    """Make this process one that `take_turn` can be asked of."""
+    global contestant
+    contestant = build(*arguments)
 
 
-CALLS = {}  # of a process in a race
+def take_turn() -> tuple[float, float]:
+    """Seconds of one call, and the peak memory of this process in GiB."""
+    return seconds(contestant, warm_up=0), peak_memory(DEVICE)
 
 
-def enter(build: Callable, argument) -> None:
-    CALLS.update(build(argument))
+def race(what: str, contestants: dict[str, tuple], repeat: int) -> dict[str, dict[str, float]]:
+    """Median seconds and peak memory of calls that take turns, after one turn that does not count.
 
-
-def take_turn(event: str) -> tuple[float, float] | None:
-    """Seconds of one call, and the peak memory of this process in GiB; None without such a call."""
-    return (seconds(CALLS[event], 1, 0), peak_memory(DEVICE)) if event in CALLS else None
-
-
-def race(entrants: dict[str, tuple[Callable, object]], events: dict[str, int]) -> dict:
-    """Median seconds and peak memory of events, each as many times as it says after one time that does not count.
-
-    entrants: name -> (function that gives {event: call}, its argument). Ratios are to the first.
+    contestants: name -> (function that gives the call, its arguments ...).
     """
-    context, result = multiprocessing.get_context("spawn"), {}
-    with contextlib.ExitStack() as stack:
-        pools = {name: stack.enter_context(ProcessPoolExecutor(1, context)) for name in entrants}
-        for name, pool in pools.items():
-            pool.submit(enter, *entrants[name]).result()
-        for event, repeat in events.items():
-            turns = [{name: pool.submit(take_turn, event).result() for name, pool in pools.items()}
-                     for _ in range(1 + repeat)]
-            rows = {name: {"seconds": statistics.median(turn[name][0] for turn in turns[1:]),
-                           "peak_memory_gib": turns[-1][name][1]} for name in pools if turns[0][name]}
-            base = next(iter(rows.values()))
-            for name, row in rows.items():
-                time_ratio, memory_ratio = (base[key] / row[key] for key in ("seconds", "peak_memory_gib"))
-                print(f"{event:26}{name:12}{row['seconds']:8.2f} s{time_ratio:7.2f}x{row['peak_memory_gib']:8.2f} GiB"
-                      f"{memory_ratio:7.2f}x", flush=True)
-            result[event] = rows
-    return result
+    with ExitStack() as stack:
+        pools = {name: stack.enter_context(ProcessPoolExecutor(1, PROCESSES, enter, contestant))
+                 for name, contestant in contestants.items()}
+        turns = [{name: pool.submit(take_turn).result() for name, pool in pools.items()} for _ in range(1 + repeat)]
+    rows = {name: {"s": statistics.median(turn[name][0] for turn in turns[1:]), "GiB": turns[-1][name][1]}
+            for name in contestants}
+    show(what, rows)
+    return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, default=HERE / "config.yaml")
-    parser.add_argument("--cost", action="store_true", help="the three systems at published size")
+    parser.add_argument("--config", type=Path, action="append", help="default: config.yaml")
+    parser.add_argument("--steps", type=int, default=10, help="training steps that are timed; 0: samples alone")
     parser.add_argument("--official", type=Path, metavar="DIR", help="our OASIS or SDM against the published code in DIR")
-    parser.add_argument("--steps", type=int, default=10, help="training steps that are timed")
-    parser.add_argument("--profile", action="store_true", help="print torch's profile of a training step")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="JSON")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
     args = parser.parse_intermixed_args()
-    if args.cost:
-        result = cost_table()
-    elif args.official:
-        folder = args.official.absolute()
-        if (folder / "guided_diffusion").is_dir():
-            result = race({"published": (published_sdm, folder), "ours": (our_sample, "SDM")},
-                          {"label map, once an image": 2, "step of a sample": 2})
-        elif (folder / "models/models.py").is_file():
-            result = race({"published": (published_oasis, folder), "ours": (our_sample, "OASIS"),
-                           "DP-SIMS": (our_sample, "DP-SIMS"), "our step": (our_training, "OASIS")},
-                          {"sample": 3, "training step": 2})
-        else:
-            raise UserError(f"{folder}: no models/models.py and no guided_diffusion; give the folder of a clone of "
-                            f"github.com/boschresearch/OASIS or github.com/WeilunWang/semantic-diffusion-model")
+    folder = args.official and args.official.absolute()
+    if not folder:
+        rows = {}
+        for path in args.config or [HERE / "config.yaml"]:
+            with ProcessPoolExecutor(1, PROCESSES) as pool:
+                rows[str(path)] = pool.submit(costs, load_settings(path, args.overrides), args.steps).result()
+        for what in next(iter(rows.values())):
+            show(what, {name: row[what] for name, row in rows.items()})
+    elif (folder / "guided_diffusion").is_dir():
+        race("step of a sample", {"published": (published_sdm, folder), "ours": (our_sample, "configs/sdm_ade20k.yaml")}, 2)
+    elif (folder / "models/models.py").is_file():
+        race("sample", {"published": (published_oasis, folder, False), "ours": (our_sample, "configs/oasis_ade20k.yaml"),
+                        "DP-SIMS": (our_sample, "configs/ade20k.yaml")}, 3)
+        race("training step", {"published": (published_oasis, folder, True),
+                               "ours": (our_step, "configs/oasis_ade20k.yaml")}, 2)
     else:
-        settings = load_settings(args.config, args.overrides)
-        result = {"training": bench_training(settings, args.steps, args.profile), "sampling": bench_sampling(settings)}
-        for name, row in result.items():
-            print(f"{name:10}" + "".join(f"{key} {value:.4g}   " for key, value in row.items()))
-    result["machine"] = {"device": torch.cuda.get_device_name() if DEVICE.type == "cuda" else platform.machine(),
-                         "threads": torch.get_num_threads(), "torch": torch.__version__}
-    if args.out:
-        args.out.write_text(json.dumps(result, indent=2) + "\n")
+        raise UserError(f"{folder}: no models/models.py and no guided_diffusion; give the folder of a clone of "
+                        f"github.com/boschresearch/OASIS or github.com/WeilunWang/semantic-diffusion-model")
 
 
 if __name__ == "__main__":

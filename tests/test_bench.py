@@ -1,9 +1,11 @@
 """The benchmark: what it extrapolates of a diffusion chain, races, and the published codes as they lie on a disk."""
 
+import re
 import time
 
 import numpy as np
 import pytest
+import yaml
 from conftest import TINY
 
 import bench
@@ -21,14 +23,23 @@ def test_flops_of_an_image_are_those_of_the_whole_chain(guidance):
     generator = bench.system_of(settings).build().to(bench.DEVICE).eval()
     maps, noise = bench.drawn_maps(1, 12, (16, 16)).long(), diffusion.seeded_noise([0], (16, 16))
     chain = bench.flops(lambda: diffusion.sample(generator, maps, noise, steps=3, guidance=guidance))
-    result = bench.bench_sampling(settings, repeat=1)
-    assert result["flops"] == chain > 0 and result["seconds"] > 0
+    result = bench.costs(settings, steps=0, samples=1)["sample"]
+    assert result["TFLOP"] == chain / 1e12 > 0 and result["s"] > 0
 
 
-def test_a_training_step_is_measured(capsys):
-    result = bench.bench_training(check_settings(TINY, "tiny"), steps=1, profile=True)
-    assert result["images_per_second"] == pytest.approx(4 / result["seconds"]) and result["flops"] > 0
-    assert "convolution" in capsys.readouterr().out
+def test_configurations_side_by_side(tmp_path, monkeypatch, capsys):
+    """Ratios are to the first; a batch twice as large is twice the work, a sample stays the same."""
+    for name, batch in (("small", 2), ("large", 4)):
+        train = TINY["train"] | {"batch_size": batch}
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(TINY | {"train": train}))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["bench.py", "--config", "small.yaml", "--config", "large.yaml", "--steps", "1",
+                                     "loss.diversity=0"])
+    bench.main()
+    rows = [re.findall(r"^(sample|training step) +(\w+).yaml .* TFLOP +([\d.]+)x", line)[0]
+            for line in capsys.readouterr().out.splitlines()]
+    assert rows == [("sample", "small", "1.00"), ("sample", "large", "1.00"),
+                    ("training step", "small", "1.00"), ("training step", "large", "2.00")]
 
 
 OASIS_FILES = {"models/losses.py": """
@@ -55,8 +66,8 @@ def test_a_clone_without_init_files_is_found_before_our_models(tmp_path):
     for name, text in OASIS_FILES.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
-    result = bench.race({"published": (bench.published_oasis, tmp_path)}, {"sample": 1, "training step": 1})
-    assert min(result[event]["published"]["seconds"] for event in result) > 0
+    contestants = {f"training: {training}": (bench.published_oasis, tmp_path, training) for training in (False, True)}
+    assert all(row["s"] > 0 for row in bench.race("both", contestants, repeat=1).values())
 
 
 def test_official_code_missing(tmp_path, monkeypatch):
@@ -65,19 +76,13 @@ def test_official_code_missing(tmp_path, monkeypatch):
         bench.main()
 
 
-def light(seconds):
-    return {"first": lambda: time.sleep(seconds), "second": lambda: time.sleep(seconds)}
+def idle(seconds, size):
+    return lambda: (np.ones(size, np.uint8), time.sleep(seconds))
 
 
-def heavy(seconds):
-    return {"second": lambda: (np.ones(2 ** 27), time.sleep(seconds))}  # 1 GiB
-
-
-def test_a_race_measures_each_entrant_by_itself(capsys, monkeypatch):
+def test_a_race_measures_each_contestant_by_itself(capsys, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # the memory of the processes is compared
-    result = bench.race({"light": (light, 0.02), "heavy": (heavy, 0.5)}, {"first": 1, "second": 2})
-    assert set(result["first"]) == {"light"}
-    small, large = (result["second"][name] for name in ("light", "heavy"))
-    assert 0.02 <= small["seconds"] < 0.5 <= large["seconds"]
-    assert small["peak_memory_gib"] + 0.9 < large["peak_memory_gib"] < small["peak_memory_gib"] + 1.1
-    assert len(capsys.readouterr().out.splitlines()) == 3
+    small, large = bench.race("idle", {"light": (idle, 0.02, 1), "heavy": (idle, 0.5, 2 ** 30)}, repeat=2).values()
+    assert 0.02 <= small["s"] < 0.5 <= large["s"]
+    assert small["GiB"] + 0.9 < large["GiB"] < small["GiB"] + 1.1
+    assert len(capsys.readouterr().out.splitlines()) == 2
