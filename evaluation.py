@@ -7,7 +7,9 @@ import hashlib
 import platform
 import sys
 from collections.abc import Callable
+from functools import reduce
 from importlib.metadata import version
+from operator import add
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +24,7 @@ from config import EvalSettings, Settings, UserError
 from dataset import LabeledImages, evenly_spaced, leave_signals_to_parent
 from distributed import from_first_process, gather
 from interface import sample_seed
-from judges import FeatureNetwork, PerceptualNetwork, feature_network
+from judges import FeatureNetwork, PerceptualNetwork
 from losses import diversity_distances
 
 CACHE_VERSION = 2  # raise it when what is kept of the real images changes
@@ -53,47 +55,33 @@ def build_judges(settings: EvalSettings, dataset: LabeledImages,
     if len(evenly_spaced(len(dataset), settings.num_images)) < 2:
         raise UserError(f"eval.num_images is {settings.num_images}, {dataset.split} has {len(dataset)}: distances need at "
                         f"least 2 images")
-    features = feature_network(settings.features, settings.features_weights, settings.features_size).to(device)
+    features = FeatureNetwork(settings.features, settings.features_weights, settings.features_size).to(device)
     if settings.diversity_samples < 2:
         return features, None
     return features, PerceptualNetwork(settings.diversity_network, settings.diversity_weights,
                                        settings.diversity_size).to(device)
 
 
-class Tally:
-    """What a set of images is judged by.
+def judge(images: torch.Tensor, labels: torch.Tensor, network: FeatureNetwork, segmenter, num_classes: int) -> dict:
+    """What images (B, 3, H, W) uint8 with their labels (B, H, W) int64 are judged by.
 
-    Attributes:
-        features: (B, D) of each batch.
-        confusion: (C, C + 1) pixels, see `confusion_matrix`. colors: (C, 4), see `class_color_sums`.
-        views: (N, 3) distances, see `losses.diversity_distances`, of pairs of images.
+    Returns: features, a list of (B, D); confusion (C, C + 1), see `confusion_matrix`; colors (C, 4), see `class_color_sums`.
     """
+    judged = torch.where(segmenter.judges.to(labels.device)[labels], labels, num_classes)
+    return {"features": [network(images).cpu()],
+            "confusion": formulas.confusion_matrix(judged, segmenter(images), num_classes),
+            "colors": formulas.class_color_sums(images, labels, num_classes)}
 
-    def __init__(self, network: FeatureNetwork, segmenter, num_classes: int):
-        self.network, self.segmenter, self.num_classes = network, segmenter, num_classes
-        self.features: list[torch.Tensor] = []
-        self.confusion = torch.zeros(num_classes, num_classes + 1, dtype=torch.int64)
-        self.colors = torch.zeros(num_classes, 4, dtype=torch.float64)
-        self.views = torch.zeros(0, 3)
 
-    def update(self, images: torch.Tensor, labels: torch.Tensor) -> None:
-        """Add images (B, 3, H, W) uint8 with their labels (B, H, W) int64."""
-        self.features.append(self.network(images).cpu())
-        self.colors += formulas.class_color_sums(images, labels, self.num_classes)
-        judged = torch.where(self.segmenter.judges.to(labels.device)[labels], labels, self.num_classes)
-        self.confusion += formulas.confusion_matrix(judged, self.segmenter(images), self.num_classes)
+def add_up(parts: list[dict]) -> dict:
+    """What all images are judged by, from what parts of them are: numbers are added, lists are joined."""
+    return {key: reduce(add, (part[key] for part in parts)) for key in parts[0]}
 
-    def compare(self, first: torch.Tensor, second: torch.Tensor) -> None:
-        """Add the distances of pairs of images (B, 3, H, W) uint8."""
-        first, second = (images.float() / 127.5 - 1 for images in (first, second))
-        self.views = torch.cat([self.views, diversity_distances(first, second, torch.ones_like(first[:, :1])).cpu()])
 
-    def gather(self) -> None:
-        """Take in the tallies of all processes."""
-        parts = gather((self.features, self.confusion, self.colors, self.views))
-        features, confusions, colors, views = zip(*parts)
-        self.features, self.views = sum(features, []), torch.cat(views)
-        self.confusion, self.colors = sum(confusions), sum(colors)
+def view_distances(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """`diversity_distances` (N, 3) of pairs of images (N, 3, H, W) uint8."""
+    first, second = (images.float() / 127.5 - 1 for images in (first, second))
+    return diversity_distances(first, second, torch.ones_like(first[:, :1])).cpu()
 
 
 def cache_file(folder: str | Path, kind: str, version: int, dataset: LabeledImages, indices: list[int], *key) -> Path:
@@ -130,10 +118,9 @@ def evaluate_generator(generate: Callable[..., torch.Tensor], dataset: LabeledIm
         The metrics, the same in every process, and under `protocol` what was measured and how.
     """
     network, perceptual = judges
-    given = settings.eval
+    given, num_classes = settings.eval, dataset.num_classes
     indices = evenly_spaced(len(dataset), given.num_images)
     diverse = {indices[i] for i in evenly_spaced(len(indices), given.diversity_maps)} if perceptual else set()
-    fake, real = (Tally(network, segmenter, dataset.num_classes) for _ in range(2))
     cache = cache_file(cache_dir, "real", CACHE_VERSION, dataset, indices, network.description, segmenter.description)
     cached = from_first_process(cache.is_file)  # one process's view of the disk, so that all do the same
 
@@ -143,78 +130,70 @@ def evaluate_generator(generate: Callable[..., torch.Tensor], dataset: LabeledIm
     loader = DataLoader(dataset, batch_sampler=batches, num_workers=settings.data.workers,
                         worker_init_fn=leave_signals_to_parent)
     loader = tqdm(loader, desc="evaluate", unit="batch", disable=rank != 0, leave=False)
+    fake = real = {"features": [], "confusion": 0, "colors": 0, "views": []}
     distances = []
     for (images, labels, *instances), places in zip(loader, batches):
         labels, instances = labels.to(device).long(), [ids.to(device) for ids in instances]
         if not cached:
-            real.update(images.to(device), labels)
-            chain = torch.stack([*before, *images])
-            real.compare(chain[:-1].to(device), chain[1:].to(device))
+            chain = torch.stack([*before, *images]).to(device)
+            judged = judge(images.to(device), labels, network, segmenter, num_classes)
+            real = add_up([real, judged | {"views": [view_distances(chain[:-1], chain[1:])]}])
             before = [images[-1]]
         seeds, maps = [sample_seed(settings.seed, index) for index in places], labels
         if given.rough != "none":
-            maps = torch.stack([roughen(label_map, given.rough, dataset.num_classes, seed)
-                                for label_map, seed in zip(labels, seeds)])
+            maps = torch.stack([roughen(label_map, given.rough, num_classes, s) for label_map, s in zip(labels, seeds)])
         fakes = generate(maps, seeds, 0, *instances)
-        fake.update(fakes, labels)
+        views = []
         chosen = [i for i, index in enumerate(places) if index in diverse]
         if chosen:
             more = [generate(maps[chosen], [seeds[i] for i in chosen], k, *(ids[chosen] for ids in instances))
                     for k in range(1, given.diversity_samples)]
             for samples in torch.stack([fakes[chosen], *more], dim=1):
-                distances.append(perceptual.mean_pair_distance(samples))
                 first, second = torch.combinations(torch.arange(len(samples))).T
-                fake.compare(samples[first], samples[second])
+                views.append(view_distances(samples[first], samples[second]))
+                distances.append(perceptual.mean_pair_distance(samples))
+        fake = add_up([fake, judge(fakes, labels, network, segmenter, num_classes) | {"views": views}])
 
-    fake.gather()
+    fake, distances = add_up(gather(fake)), sum(gather(distances), [])
     if cached:
-        state = torch.load(cache, weights_only=True)
-        real.features, real.confusion, real.colors = [state["features"]], state["confusion"], state["colors"]
-        real.views = state["views"]
+        real = torch.load(cache, weights_only=True)
     else:
-        real.gather()
-        state = {"features": torch.cat(real.features), "confusion": real.confusion, "colors": real.colors,
-                 "views": real.views}
+        real = add_up(gather(real))
         if rank == 0:
-            save_checkpoint(state, cache)
-    distances = sum(gather(distances), [])
-    return from_first_process(lambda: summarize(fake, real, distances, dataset, perceptual, settings))
-
-
-def summarize(fake: Tally, real: Tally, distances: list[float], dataset: LabeledImages,
-              perceptual: PerceptualNetwork | None, settings: Settings) -> dict:
-    """The metrics of gathered tallies and distances between samples, under the names that EVALUATION.md explains.
-
-    Under `protocol` is what a result file must say for the result to be reproduced.
-    """
-    given = settings.eval
-    distance, kernel, *_, diversity = metric_names(given)
-    gaussian, gaussian_real = (formulas.mean_and_covariance(tally.features) for tally in (fake, real))
-    features, features_real = (torch.cat(tally.features).numpy() for tally in (fake, real))
-    metrics = {"num_images": len(features), distance: formulas.frechet_distance(*gaussian, *gaussian_real)}
-    metrics[kernel], metrics[f"{kernel}_std"] = formulas.kernel_distance(
-        features, features_real, given.kid_subsets, given.kid_subset_size)
-    scores, scores_real = (formulas.segmentation_scores(tally.confusion, dataset.class_names) for tally in (fake, real))
-    metrics |= scores | {f"{key}_real": value for key, value in scores_real.items()}
-    if distances:
-        metrics[diversity] = float(np.mean(distances))
-        views, views_real = (tally.views.double().mean(0).tolist() for tally in (fake, real))
-        metrics |= {name: between_samples / between_real if between_real > 1e-6 else None  # gray images have no color
-                    for name, between_samples, between_real in zip(VIEWS, views, views_real)}
-    metrics |= formulas.class_color_errors(fake.colors, real.colors, dataset.class_names)
-    return metrics | {"protocol": {
-        "num_images": len(features),
+            save_checkpoint(real | {"features": [torch.cat(real["features"])]}, cache)
+    result = from_first_process(lambda: figures(fake, real, distances, dataset.class_names, given))
+    return result | {"protocol": {
+        "num_images": len(indices),
         "split": dataset.split,
         "size": list(dataset.size),
         "real_image_resize": "bicubic, antialiased, reducing_gap 2; JPEG by draft decoding (Pillow)",
         "label_resize": "nearest",
         **({} if given.rough == "none" else {"rough": given.rough}),
-        "features": fake.network.description,
+        "features": network.description,
         "kid": {"subsets": given.kid_subsets, "subset_size": given.kid_subset_size},
-        "segmenter": fake.segmenter.description,
+        "segmenter": segmenter.description,
         "diversity": perceptual and perceptual.description | {
             "maps": len(distances), "samples": given.diversity_samples},
         "seed": settings.seed,
         "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
         "platform": sys.platform,
     }}
+
+
+def figures(fake: dict, real: dict, distances: list[float], class_names: list[str], settings: EvalSettings) -> dict:
+    """The metrics, under the names that EVALUATION.md explains, of what `judge` and `view_distances` gave for all images and
+    the distances between samples."""
+    distance, kernel, *_, diversity = metric_names(settings)
+    gaussian, gaussian_real = (formulas.mean_and_covariance(judged["features"]) for judged in (fake, real))
+    features, features_real = (torch.cat(judged["features"]).numpy() for judged in (fake, real))
+    metrics = {"num_images": len(features), distance: formulas.frechet_distance(*gaussian, *gaussian_real)}
+    metrics[kernel], metrics[f"{kernel}_std"] = formulas.kernel_distance(
+        features, features_real, settings.kid_subsets, settings.kid_subset_size)
+    scores, scores_real = (formulas.segmentation_scores(judged["confusion"], class_names) for judged in (fake, real))
+    metrics |= scores | {f"{key}_real": value for key, value in scores_real.items()}
+    if distances:
+        metrics[diversity] = float(np.mean(distances))
+        views, views_real = (torch.cat(judged["views"]).double().mean(0).tolist() for judged in (fake, real))
+        for name, between_samples, between_real in zip(VIEWS, views, views_real):
+            metrics[name] = between_samples / between_real if between_real > 1e-6 else None  # gray images have no color
+    return metrics | formulas.class_color_errors(fake["colors"], real["colors"], class_names)

@@ -7,7 +7,6 @@ Python packages (timm's EfficientNet-Lite, ST-LPIPS) run instead, under their ow
 import hashlib
 import itertools
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
@@ -67,38 +66,7 @@ def _stlpips(name: str) -> tuple[nn.Module, str]:
 
 
 class FeatureNetwork(nn.Module):
-    """Images (B, 3, H, W) uint8 -> pooled features (B, D) float32.
-
-    Args:
-        name: what the result is called after, e.g. `inception`.
-        network: what `features` calls; it is frozen.
-        features: normalised images -> (B, D) or (B, D, 1, 1).
-        sha256: of the weights.
-        resize: side in pixels to which images are resized (bilinear, antialiased) first; None: Inception does it.
-        mean, std: normalisation of an image in [0, 1], per channel.
-    """
-
-    def __init__(self, name: str, network: nn.Module, features: Callable[[torch.Tensor], torch.Tensor], sha256: str,
-                 resize: int | None = None, mean: tuple = (0, 0, 0), std: tuple = (1, 1, 1)):
-        super().__init__()
-        self.features, self.resize = features, resize
-        self.network = network.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # faster on CPU, too
-        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(3, 1, 1))
-        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(3, 1, 1))
-        resizing = (f"bilinear to {resize} x {resize}, antialiased" if resize else
-                    "bilinear to 299 x 299, not antialiased, inside the network, as pytorch-fid")
-        self.description = {"network": name, "weights_sha256": sha256, "resize": resizing}
-
-    @torch.no_grad()
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        x = images.to(memory_format=torch.channels_last).float() / 255
-        if self.resize:
-            x = F.interpolate(x, (self.resize, self.resize), mode="bilinear", antialias=True)
-        return self.features((x - self.mean) / self.std).flatten(1)
-
-
-def feature_network(name: str, weights: str | None = None, size: int | None = None) -> FeatureNetwork:
-    """Feature network by name, for the Frechet distance and KID.
+    """Images (B, 3, H, W) uint8 -> pooled features (B, D) float32, for the Frechet distance and KID.
 
     Args:
         name: `inception` (pytorch-fid's network: the only one whose distance is FID), `stlpips_vgg`, `stlpips_alex`
@@ -109,23 +77,40 @@ def feature_network(name: str, weights: str | None = None, size: int | None = No
     Raises:
         ValueError: unknown name, or weights that cannot be had.
     """
-    if name == "inception":
-        if size is not None:
-            raise ValueError(f"eval.features_size: {size}; FID is defined at Inception's own 299, so leave it null")
-        state, sha256 = published_weights(name, weights)
-        with mock.patch.object(inception, "load_state_dict_from_url", lambda *_, **__: state):
-            network = inception.InceptionV3()  # fetches, whatever it is told
-        return FeatureNetwork(name, network, lambda x: network(x)[0], sha256)
-    if name in ("stlpips_alex", "stlpips_vgg"):
-        network, sha256 = _stlpips(name)
-        features = lambda x: network.net(network.scaling_layer(2 * x - 1))[-1].mean((2, 3))
-        return FeatureNetwork(name, network, features, sha256, size or 128)
-    network, digest = load_timm(name, weights=weights, num_classes=0), hashlib.sha256()
-    for tensor in network.state_dict().values():
-        digest.update(tensor.numpy().tobytes())
-    cfg = network.pretrained_cfg
-    size = size or cfg["input_size"][-1]
-    return FeatureNetwork(name, network, network, digest.hexdigest(), size, cfg["mean"], cfg["std"])
+
+    def __init__(self, name: str, weights: str | None = None, size: int | None = None):
+        super().__init__()
+        mean, std = (0, 0, 0), (1, 1, 1)  # of an image in [0, 1]
+        resizing = "bilinear to {0} x {0}, antialiased"
+        if name == "inception":
+            if size is not None:
+                raise ValueError(f"eval.features_size: {size}; FID is defined at Inception's own 299, so leave it null")
+            resizing = "bilinear to 299 x 299, not antialiased, inside the network, as pytorch-fid"
+            state, sha256 = published_weights(name, weights)
+            with mock.patch.object(inception, "load_state_dict_from_url", lambda *_, **__: state):
+                network = inception.InceptionV3()  # fetches, whatever it is told
+            self.features = lambda x: network(x)[0]
+        elif name in ("stlpips_alex", "stlpips_vgg"):
+            network, sha256 = _stlpips(name)
+            size = size or 128
+            self.features = lambda x: network.net(network.scaling_layer(2 * x - 1))[-1].mean((2, 3))
+        else:
+            self.features = network = load_timm(name, weights=weights, num_classes=0)
+            sha256 = hashlib.sha256(b"".join(t.numpy().tobytes() for t in network.state_dict().values())).hexdigest()
+            cfg = network.pretrained_cfg
+            size, mean, std = size or cfg["input_size"][-1], cfg["mean"], cfg["std"]
+        self.network = network.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # faster on CPU, too
+        self.size = size
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(3, 1, 1))
+        self.description = {"network": name, "weights_sha256": sha256, "resize": resizing.format(size)}
+
+    @torch.no_grad()
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        x = images.to(memory_format=torch.channels_last).float() / 255
+        if self.size:
+            x = F.interpolate(x, (self.size, self.size), mode="bilinear", antialias=True)
+        return self.features((x - self.mean) / self.std).flatten(1)
 
 
 class PerceptualNetwork(nn.Module):

@@ -149,15 +149,9 @@ def segmenter_for(settings: Settings, cache_dir: str | Path, device: torch.devic
         source = str(file)
     try:
         if source.startswith("hf:"):
-            predict, names = _hugging_face(source[3:], device)
-            description = {"name": source}
+            predict, names, description = _hugging_face(source, device)
         else:
-            description = {"name": Path(source).name, "sha256": file_sha256(source)}
-            if source.endswith(".pt2"):
-                predict, names = _exported(source, data.size, class_names, device)
-            else:
-                predict, names, more = _trained_here(source, device)
-                description |= more
+            predict, names, description = _from_file(Path(source), data.size, class_names, device)
     except Exception as error:  # as many kinds as there are files
         raise UserError(f"eval.segmenter: {source} cannot be loaded and run ({error!r:.150}); give a torch.export file "
                         f"(.pt2), one that was trained here (.pt) or hf:NAME (pip install transformers; without a "
@@ -174,28 +168,28 @@ def segmenter_for(settings: Settings, cache_dir: str | Path, device: torch.devic
     return Segmenter(predict, mapping, class_names, description)
 
 
-def _trained_here(file: str, device: torch.device | str) -> tuple[Callable, list[str], dict]:
-    """(predict, class names, what a result file says of it) of what `train_segmenter` gave."""
+def _from_file(file: Path, size: tuple[int, int], class_names: list[str],
+               device: torch.device | str) -> tuple[Callable, list[str], dict]:
+    """(predict, class names, description) of what `train_segmenter` gave, or of a torch.export file."""
+    description = {"name": file.name, "sha256": file_sha256(file)}
+    if file.suffix == ".pt2":
+        exported = torch.export.load(file).module().to(device)
+        with torch.no_grad():
+            count = [exported(torch.zeros(batch, 3, *size, device=device)).shape[1] for batch in (2, 1)][-1]
+        names = class_names if count == len(class_names) else [f"output {i}" for i in range(count)]
+        return lambda images: exported(images.float() / 255), names, description
     state = torch.load(file, map_location="cpu", weights_only=True)
     network = SmallUNet(len(state["class_names"]))
     network.load_state_dict(state["weights"])
     network.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
     predict = lambda images: network((images.float() / 127.5 - 1).to(memory_format=torch.channels_last))
-    return predict, state["class_names"], {"trained_size": state["size"], "trained_steps": state["steps"]}
+    description |= {"trained_size": state["size"], "trained_steps": state["steps"]}
+    return predict, state["class_names"], description
 
 
-def _exported(file: str, size: tuple[int, int], class_names: list[str],
-              device: torch.device | str) -> tuple[Callable, list[str]]:
-    """(predict, class names) of a torch.export file, which has no names: those of the data set, if it has as many."""
-    network = torch.export.load(file).module().to(device)
-    with torch.no_grad():
-        count = [network(torch.zeros(batch, 3, *size, device=device)).shape[1] for batch in (1, 2)][0]
-    names = class_names if count == len(class_names) else [f"output {i}" for i in range(count)]
-    return lambda images: network(images.float() / 255), names
-
-
-def _hugging_face(name: str, device: torch.device | str) -> tuple[Callable, list[str]]:
-    """(predict, class names) of a transformers model: SegFormer, UperNet, Mask2Former and their like."""
+def _hugging_face(source: str, device: torch.device | str) -> tuple[Callable, list[str], dict]:
+    """(predict, class names, description) of hf:NAME, a transformers model: SegFormer, UperNet, Mask2Former and their like."""
+    name = source.removeprefix("hf:")
     if not Path(name).is_dir() and not answers(huggingface_hub.constants.ENDPOINT):
         huggingface_hub.constants.HF_HUB_OFFLINE = True  # its client would ask on for a minute
     from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, AutoModelForUniversalSegmentation
@@ -211,4 +205,4 @@ def _hugging_face(name: str, device: torch.device | str) -> tuple[Callable, list
         maps = processor.post_process_semantic_segmentation(network(**inputs), [tuple(images.shape[2:])] * len(images))
         return torch.stack(list(maps)).to(images.device)
 
-    return predict, [network.config.id2label[i] for i in range(len(network.config.id2label))]
+    return predict, [network.config.id2label[i] for i in range(len(network.config.id2label))], {"name": source}

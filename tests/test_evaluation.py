@@ -10,7 +10,7 @@ import torch.multiprocessing as mp
 from augment import roughen
 from config import UserError, check_settings
 from dataset import build_dataset
-from evaluation import Tally, build_judges, evaluate_generator, higher_is_better, metric_names
+from evaluation import build_judges, evaluate_generator, higher_is_better, judge, metric_names
 from interface import noise, sample_seed
 
 GIVEN = {"seed": 5, "data": {"size": [32, 32], "workers": 0},
@@ -64,15 +64,15 @@ def test_two_processes_equal_one(tmp_path):
 
 def test_real_images_are_cached_under_their_own_key(tmp_path, monkeypatch):
     first = measure(tmp_path)
-    updates, update = [], Tally.update
-    monkeypatch.setattr(Tally, "update", lambda self, *args: updates.append(self) or update(self, *args))
+    judged = []
+    monkeypatch.setattr("evaluation.judge", lambda *args: judged.append(args) or judge(*args))
     again = measure(tmp_path)
     assert again == {key: pytest.approx(first[key], rel=1e-9) if isinstance(first[key], float) else first[key]
                      for key in first}
-    assert len(updates) == 3  # batches of generated images only
-    updates.clear()
+    assert len(judged) == 3  # batches of generated images only
+    judged.clear()
     measure(tmp_path, features_size=40)
-    assert len(updates) == 6  # another size: the real images are looked at again
+    assert len(judged) == 6  # another size: the real images are looked at again
 
 
 @pytest.mark.parametrize("changes", [{}, {"diversity_samples": 0}])
@@ -116,8 +116,8 @@ def test_diversity_in_brightness_color_and_detail_equals_numpy(tmp_path):
 
 def test_rough_label_maps_are_for_the_generator_alone(tmp_path, monkeypatch):
     """It gets them in every sample; its images are judged against the true ones."""
-    got, judged, update = [], [], Tally.update
-    monkeypatch.setattr(Tally, "update", lambda self, images, labels: judged.append(labels) or update(self, images, labels))
+    got, judged = [], []
+    monkeypatch.setattr("evaluation.judge", lambda images, labels, *more: judged.append(labels) or judge(images, labels, *more))
     spy = lambda label_map, seeds, k: got.append((label_map, seeds, k)) or painted(label_map, seeds, k)
     metrics = measure(tmp_path, rough="random", generate=spy)
     assert metrics["protocol"]["rough"] == "random" and {k for *_, k in got} == {0, 1, 2}

@@ -42,7 +42,7 @@ def test_fid_equals_pytorch_fid(tmp_path, random_weights, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(inception, "load_state_dict_from_url", lambda *_, **__: state)
         reference_network = inception.InceptionV3()
-    ours = judges.feature_network("inception", random_weights("inception", state))
+    ours = judges.FeatureNetwork("inception", random_weights("inception", state))
     references, statistics = [], []
     for high in (256, 160):
         images = rng.integers(0, high, (5, 48, 64, 3), dtype=np.uint8)
@@ -98,7 +98,7 @@ def silent_url(monkeypatch):
         yield f"http://127.0.0.1:{server.getsockname()[1]}/"
 
 
-@pytest.mark.parametrize("name, build", [("inception", judges.feature_network),
+@pytest.mark.parametrize("name, build", [("inception", judges.FeatureNetwork),
                                          ("lpips_vgg", judges.PerceptualNetwork)])
 def test_missing_weights_are_one_line(name, build, tmp_path, monkeypatch, silent_url):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))

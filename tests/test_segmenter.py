@@ -9,7 +9,7 @@ import torch
 from checkpoint import save_checkpoint
 from config import UserError, check_settings
 from dataset import build_dataset
-from evaluation import Tally
+from evaluation import judge
 from metrics import segmentation_scores
 from segmenter import Segmenter, SmallUNet, segmenter_for, train_segmenter
 
@@ -20,7 +20,7 @@ def given(folder_data):
     return {"name": "folder", "root": str(folder_data), "size": [16, 24], "classes": 3, "void": 255, "workers": 0}
 
 
-def judge(data, cache="nowhere", **judges):
+def segmenter_of(data, cache="nowhere", **judges):
     return segmenter_for(check_settings({"data": data, "eval": {"segmenter_steps": 40} | judges}, "test"), cache, "cpu")
 
 
@@ -48,15 +48,15 @@ def exported(tmp_path):
 
 
 def test_learns_and_is_kept(given, tmp_path, monkeypatch):
-    segmenter = judge(given, tmp_path)
+    segmenter = segmenter_of(given, tmp_path)
     assert accuracy(segmenter, given) > 0.8
     assert segmenter.description["trained_steps"] == 40 and len(segmenter.description["sha256"]) == 64
     monkeypatch.setattr("segmenter.train_segmenter", lambda *args: pytest.fail("trained twice"))
-    assert judge(given, tmp_path).description == segmenter.description
-    assert judge(given, segmenter=str(next(tmp_path.glob("*.pt")))).description == segmenter.description
+    assert segmenter_of(given, tmp_path).description == segmenter.description
+    assert segmenter_of(given, segmenter=str(next(tmp_path.glob("*.pt")))).description == segmenter.description
     for changed, steps in (({}, 2), ({"size": [24, 16]}, 40), ({"classes": ["sky", "road", "tree"]}, 40)):
         with pytest.raises(pytest.fail.Exception, match="trained twice"):  # another segmenter
-            judge(given | changed, tmp_path, segmenter_steps=steps)
+            segmenter_of(given | changed, tmp_path, segmenter_steps=steps)
 
 
 def test_same_seed_same_segmenter(given):
@@ -69,7 +69,7 @@ def test_odd_sizes():
 
 
 def test_exported_file(given, exported):
-    segmenter = judge(given | {"root": "nowhere"}, segmenter=exported[0])  # needs no training split
+    segmenter = segmenter_of(given | {"root": "nowhere"}, segmenter=exported[0])  # needs no training split
     assert accuracy(segmenter, given) > 0.8 and segmenter.description["mapping"] == [0, 1, 2]
 
 
@@ -79,9 +79,9 @@ def test_mapping_reorders_and_leaves_out_what_cannot_be_judged():
     segmenter = Segmenter(lambda images: predictions, [2, -1, 0], ["a", "b", "c"], {"name": "stub"})
     assert segmenter(torch.zeros(1, 3, 2, 2, dtype=torch.uint8)).tolist() == [[[2, 3], [0, 0]]]
     assert segmenter.description["not_judged"] == ["b"]
-    tally = Tally(lambda images: images.flatten(1).float(), segmenter, 3)
-    tally.update(torch.zeros(1, 3, 2, 2, dtype=torch.uint8), torch.tensor([[[2, 0], [0, 1]]]))
-    scores = segmentation_scores(tally.confusion, ["a", "b", "c"])
+    network = lambda images: images.flatten(1).float()
+    judged = judge(torch.zeros(1, 3, 2, 2, dtype=torch.uint8), torch.tensor([[[2, 0], [0, 1]]]), network, segmenter, 3)
+    scores = segmentation_scores(judged["confusion"], ["a", "b", "c"])
     assert scores["class_iou"] == {"a": 1 / 2, "b": None, "c": 1.0} and scores["pixel_accuracy"] == 2 / 3
 
 
@@ -99,7 +99,7 @@ def test_wrong_files_and_mappings_are_one_line(given, exported, tmp_path):
                                   ("judge.pt2", None, "its class 'output 0' is not in the data set"),
                                   ("other.pt", None, "its class 'class 0' is not in the data set")]:
         with pytest.raises(UserError, match=text) as error:
-            judge(data, segmenter=str(tmp_path / source), segmenter_mapping=mapping)
+            segmenter_of(data, segmenter=str(tmp_path / source), segmenter_mapping=mapping)
         assert "\n" not in str(error.value)
 
 
@@ -119,13 +119,13 @@ def test_hugging_face_by_name(given, monkeypatch):
     monkeypatch.setattr("segmenter.answers", lambda url: True)
     monkeypatch.setitem(sys.modules, "transformers", fake_transformers(["Sky", "road, route"]))
     images, model = torch.zeros(2, 3, 4, 6, dtype=torch.uint8), {"segmenter": "hf:some/model"}
-    segmenter = judge(given | {"classes": ["road", "tree", "sky"]}, **model)
+    segmenter = segmenter_of(given | {"classes": ["road", "tree", "sky"]}, **model)
     assert segmenter.description["mapping"] == [2, 0] and segmenter.description["not_judged"] == ["tree"]
     assert segmenter(images).unique().tolist() == [0]
     data = given | {"classes": ["road", "tree"]}
     with pytest.raises(UserError, match="'Sky' is not in the data set; set eval.segmenter_mapping"):
-        judge(data, **model)
-    assert judge(data, segmenter_mapping=[-1, 1], **model)(images).unique().tolist() == [1]
+        segmenter_of(data, **model)
+    assert segmenter_of(data, segmenter_mapping=[-1, 1], **model)(images).unique().tolist() == [1]
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(UserError, match="pip install transformers"):
-        judge(data, **model)
+        segmenter_of(data, **model)
