@@ -1,7 +1,7 @@
 """Checkpoints: written so that a kill at any instant leaves a loadable one, read without unpickling objects.
 
 A checkpoint is a dict: config (the settings), class_names (C), palette (C + 1 rows [r, g, b], the last is void), ids
-(256: what each id in a label file means, see `LabelFormat`), step, and the state of the networks (generator, ema,
+(what each id in a label file means, see `LabelFormat`), step, and the state of the networks (generator, ema,
 discriminator, ...). The frozen backbone is not in it.
 """
 

@@ -61,6 +61,7 @@ Flag = Annotated[bool, Strict()]
 Id = Annotated[int, Strict()]
 Whole = Annotated[int, Strict(), Field(ge=0)]
 Count = Annotated[int, Strict(), Field(ge=1)]
+Color = Annotated[list[Annotated[int, Strict(), Field(ge=0, le=255)]], Field(min_length=3, max_length=3)]
 Weight = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 
@@ -75,20 +76,25 @@ class DataSettings(Section):
     root: str | None = key(None, "folder of the data set; scenes needs none")
     size: tuple[Count, Count] = key((64, 64), "[height, width] of the images, or one number, in pixels")
     classes: Id | list[Id | str] | str | None = key(None, "folder: a count, names, or a .csv like those in classes/")
-    void: Id | None = key(None, "folder: id of unlabelled pixels in the label files")
-    palette: list[list[Id]] | None = key(None, "folder: one [r, g, b] a class, for label files in colours")
+    void: Id | None = key(None, "folder: id of unlabelled pixels in the label files", ge=0, le=65535)
+    palette: list[Color] | None = key(None, "folder: one [r, g, b] a class, for label files in colours")
     holdout: Share = key(0.0, "share of the training pairs to hold out, by their names, where there is no val folder")
     load_scale: float = key(1.0, "training images are resized to load_scale x size before the random crop", ge=1)
     flip: Flag = key(True, "random horizontal flips in training")
     calibration_images: Count = key(256, "training pairs that the statistics of networks are measured on")
     workers: Whole = key(1, "loading processes of each training process")
-    skip_broken: Flag = key(False, "go on without files that cannot be read")
     instances: Flag = key(False, "cityscapes: read instance maps too, for a generator with instance_edges")
 
     @field_validator("size", mode="before", json_schema_input_type=Count | tuple[Count, Count])
     @classmethod
     def _square(cls, size):
         return (size, size) if isinstance(size, int) else size
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_earlier_versions(cls, given):
+        """Without a key that is gone, which their checkpoints hold."""
+        return {name: given[name] for name in given if name != "skip_broken"} if isinstance(given, dict) else given
 
 
 class NetworkSettings(Section):

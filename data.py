@@ -18,34 +18,36 @@ from torchvision.utils import make_grid
 from tqdm.contrib.concurrent import thread_map
 
 from config import DataSettings, UserError, load_settings, run_script
-from dataset import SPLITS, build_dataset, evenly_spaced
+from dataset import SPLITS, LabeledImages, build_dataset, evenly_spaced, find_pairs
 
 
 def check(data: DataSettings, arguments: argparse.Namespace) -> None:
     """Reads every file of train and val, names what is wrong, counts classes; exit status 1 if training would stop."""
     ready = True
     for split in SPLITS:
-        dataset = build_dataset(data.model_copy(update={"skip_broken": True}), split)
-        found = thread_map(dataset.inspect, range(len(dataset)), desc=f"reading {split}", leave=False)
-        problems = [*dataset.lonely, *(str(error) for _, _, error in found if error)]
-        sizes = Counter(size for size, _, error in found if not error)
-        pixels = sum(counts for _, counts, _ in found) + np.zeros(dataset.num_classes + 1, np.int64)
+        pairs, problems = find_pairs(data, split)
+        dataset = LabeledImages(data, split, pairs)
+
+        def inspect(index: int) -> tuple | None:
+            try:
+                return dataset.inspect(index)
+            except UserError as error:
+                problems.append(str(error))
+
+        found = [pair for pair in thread_map(inspect, range(len(dataset)), desc=f"reading {split}", leave=False) if pair]
+        sizes = Counter(size for size, _ in found)
+        pixels = sum(counts for _, counts in found) + np.zeros(dataset.num_classes + 1)
         print(f"{split}: {len(dataset)} pairs; {len(problems)} files cannot be used")
+        for problem in sorted(problems):
+            print(f"  {problem}")
         common = ", ".join(f"{width} x {height} ({count})" for (width, height), count in sizes.most_common(5))
         print(f"  image sizes (width x height): {common}{', ...' * (len(sizes) > 5)}")
-        shares = pixels / max(pixels.sum(), 1)
-        for index, (name, share) in enumerate(zip(dataset.class_names, shares)):
-            print(f"  {index:4d}  {share:8.3%}  {name}")
-        print(f"  void  {shares[-1]:8.3%}  (unlabelled)")
+        for index, (name, count) in enumerate(zip([*dataset.class_names, "void (unlabelled)"], pixels)):
+            print(f"  {index:4d}  {count / max(pixels.sum(), 1):8.3%}  {name}")
         print(f"  {sum(pixels[:-1] == 0)} of {dataset.num_classes} classes have no pixel")
-        for line in problems[:20]:
-            print(f"  {line}")
-        if len(problems) > 20:
-            print(f"  and {len(problems) - 20} more")
-        ready &= pixels.sum() > 0 and (data.skip_broken or not problems)
+        ready &= pixels.sum() > 0 and not problems
     if not ready:
-        raise UserError("this data set cannot be trained on; mend the files named above"
-                        " (or pass over broken ones with data.skip_broken=true)")
+        raise UserError("this data set cannot be trained on; mend the files named above")
     print("ready to train on")
 
 

@@ -10,9 +10,7 @@ import glob
 import hashlib
 import os
 import signal
-import sys
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -58,12 +56,16 @@ LAYOUTS = {
 
 
 def _files_by_name(folder: Path, suffixes: set[str], ending: str) -> dict[str, Path]:
+    """The files below a folder by the name of their pair. Raises UserError where two have the same."""
     files = {}
     for below in sorted(glob.glob("**/*", root_dir=folder, recursive=True)):  # through links, without hidden files
         stem, suffix = os.path.splitext(below)
         if suffix.lower() in suffixes and stem.endswith(ending):
             # Files with endings, those of Cityscapes, begin with the name of their folder.
-            files[os.path.basename(stem).removesuffix(ending) if ending else stem] = folder / below
+            name = os.path.basename(stem).removesuffix(ending) if ending else stem
+            if name in files:
+                raise UserError(f"{files[name]} and {folder / below} are both called {name}; remove or rename one")
+            files[name] = folder / below
     return files
 
 
@@ -117,27 +119,21 @@ class LabeledImages(torch.utils.data.Dataset):
     `dataset[index]` is the plain pair, `dataset[index, draw]` an augmented one that depends on (seed, draw) alone:
     image uint8 (3, H, W), label uint8 (H, W) in 0..C and, with `instances`, int32 (H, W), an id for each thing that the
     data set tells apart; one crop and flip for all. `names[index]` is a path that is unique within the split.
-    Raises UserError for files that cannot be used; with skip_broken they are named once, counted in `num_broken` (over
-    all loading processes), and another pair is drawn, always the same.
+    Raises UserError for files that cannot be used.
     """
 
     def __init__(self, data: DataSettings, split: str, pairs: dict[str, tuple[Path, Path]] | None = None,
-                 lonely: list[str] = (), seed: int = 0, augment: bool = False):
-        """pairs: {name: (image, label map)}, none for scenes. lonely: a line for each file without a partner."""
-        self.data, self.split, self.lonely, self.seed, self.augment = data, split, lonely, seed, augment
+                 seed: int = 0, augment: bool = False):
+        """pairs: {name: (image, label map)}, none for scenes."""
+        self.data, self.split, self.seed, self.augment = data, split, seed, augment
         self.size, self.form = data.size, label_format(data)
         self.num_classes, self.palette = self.form.num_classes, self.form.palette
         self.class_names = self.form.class_names
         self.pairs = None if pairs is None else list(pairs.values())
         self.names = [f"{split}_{i:05d}" for i in range(scenes.LENGTHS[split])] if pairs is None else list(pairs)
-        self.broken = torch.zeros(len(self), dtype=torch.bool).share_memory_()  # loading processes add to it
 
     def __len__(self) -> int:
         return len(self.names)
-
-    @property
-    def num_broken(self) -> int:
-        return int(self.broken.sum())
 
     def __getitem__(self, key: int | tuple[int, int]) -> tuple[torch.Tensor, ...]:
         index, draw = key if isinstance(key, tuple) else (key, None)
@@ -146,22 +142,8 @@ class LabeledImages(torch.utils.data.Dataset):
         if self.augment and draw is not None:
             rng = np.random.default_rng([self.seed, draw])
             crop, flip = (self.data.load_scale, rng.random(2)), self.data.flip and rng.random() < 0.5
-        for attempt in range(100):
-            try:
-                image, *labels = (a[:, ::-1] if flip else a for a in self._read(index, *crop)[1])
-                return tuple(torch.from_numpy(np.ascontiguousarray(a)) for a in (image.transpose(2, 0, 1), *labels))
-            except UserError as error:
-                self.pass_over(index, error)
-                index = int(np.random.default_rng([self.seed, index, attempt]).integers(len(self)))
-        raise UserError(f"{self.pairs[index][0]}: 100 broken files in a row; see `python data.py check` and mend them")
-
-    def pass_over(self, index: int, error: UserError) -> None:
-        """With skip_broken, remembers a broken pair and names it, the first time. Without, raises its error."""
-        if not self.data.skip_broken:
-            raise error
-        if not self.broken[index]:
-            self.broken[index] = True
-            say_once(f"skipped: {error}")
+        image, *labels = (a[:, ::-1] if flip else a for a in self._read(index, *crop)[1])
+        return tuple(torch.from_numpy(np.ascontiguousarray(a)) for a in (image.transpose(2, 0, 1), *labels))
 
     def _read(self, index: int, scale: float = 1.0, position=(0.0, 0.0), whole_label: bool = False):
         """((width, height) of the image, [image, label map (as large as its file if asked), instances if any])."""
@@ -187,29 +169,24 @@ class LabeledImages(torch.utils.data.Dataset):
             maps.append(read_instance_map(label_path.with_name(f"{stem}.png"), self.size, box))
         return (width, height), maps
 
-    def inspect(self, index: int) -> tuple[tuple[int, int] | None, np.ndarray | int, UserError | None]:
-        """Reads all of a pair: the image's (width, height), (C + 1,) pixels of each class or 0, and what is wrong."""
-        try:
-            size, (_, label, *_) = self._read(index, whole_label=True)
-        except UserError as error:
-            return None, 0, error
-        return size, np.bincount(label.ravel(), minlength=self.num_classes + 1), None
+    def inspect(self, index: int) -> tuple[tuple[int, int], np.ndarray]:
+        """Read all of a pair: the image's (width, height), and (C + 1,) pixels of each class. Raises UserError."""
+        size, (_, label, *_) = self._read(index, whole_label=True)
+        return size, np.bincount(label.ravel(), minlength=self.num_classes + 1)
 
 
-def build_dataset(data: DataSettings, split: str, seed: int = 0, augment: bool = False) -> LabeledImages:
-    """The data set that the settings name; split is "train" or "val".
+def find_pairs(data: DataSettings, split: str) -> tuple[dict[str, tuple[Path, Path]] | None, list[str]]:
+    """{name: (image, label map)} of a split on disk, none for scenes; and a line for each file without a partner.
 
     Pairs come in the order of their names, paths without ending and suffix. Where "val" has no folder, `data.holdout`
     is the share of the training pairs that make it; whether a pair belongs to it follows from its name alone.
-    augment: whether `dataset[index, draw]` crops and flips; if not, the draw is accepted and changes nothing.
-    Raises UserError for a missing or empty folder, instance maps of a data set that has none, and files without a
-    partner (with skip_broken they are named).
+    Raises UserError for a missing or empty folder, and instance maps of a data set that has none.
     """
     if data.instances and (data.name == "scenes" or not LAYOUTS[data.name].instance_ending):
         raise UserError(f"data.instances: {data.name} has no instance maps; set it to false: label maps give edges too")
     if data.name == "scenes":
-        return LabeledImages(data, split, seed=seed, augment=augment)
-    root, layout, lonely = Path(data.root or ""), LAYOUTS[data.name], []
+        return None, []
+    root, layout = Path(data.root or ""), LAYOUTS[data.name]
     found = {part: [(root / images, root / labels) for images, labels in layout.folders[part]
                     if (root / images).is_dir() and (root / labels).is_dir()] for part in SPLITS}
     held_out = data.holdout > 0 and not found["val"]
@@ -220,12 +197,10 @@ def build_dataset(data: DataSettings, split: str, seed: int = 0, augment: bool =
     image_folder, label_folder = found["train" if held_out else split][0]
     images = _files_by_name(image_folder, IMAGE_SUFFIXES, layout.image_ending)
     labels = _files_by_name(label_folder, {".png"}, layout.label_ending)
-    for name in sorted(images.keys() - labels.keys()):
-        wanted = f"{label_folder / name}{layout.label_ending}.png"
-        lonely.append(f"{images[name]}: no label map {wanted} (PNG, as JPEG changes ids); add it or remove the image")
-    for name in sorted(labels.keys() - images.keys()):
-        wanted = f"{image_folder / name}{layout.image_ending}.jpg or .png"
-        lonely.append(f"{labels[name]}: no image {wanted}; add it or remove the label map")
+    lonely = [f"{images[name]}: no label map {label_folder / name}{layout.label_ending}.png (PNG, as JPEG changes ids); "
+              "add it or remove the image" for name in sorted(images.keys() - labels.keys())]
+    lonely += [f"{labels[name]}: no image {image_folder / name}{layout.image_ending}.jpg or .png; add it or remove the "
+               "label map" for name in sorted(labels.keys() - images.keys())]
     names = sorted(images.keys() & labels.keys())
     if held_out:
         hashes = [int(hashlib.sha256(os.fsencode(name)).hexdigest()[:8], 16) / 16**8 for name in names]  # in 0..1
@@ -233,11 +208,19 @@ def build_dataset(data: DataSettings, split: str, seed: int = 0, augment: bool =
     if not names and not lonely:
         raise UserError(f"{image_folder}: no images for {split} (data.holdout={data.holdout}); put more there, and "
                         f"label maps (PNG) of the same names in {label_folder}")
-    if lonely and not (data.skip_broken and names):
-        raise UserError(lonely[0] + (f" ({len(lonely) - 1} more such files)" if len(lonely) > 1 else ""))
-    for line in lonely:
-        say_once(f"skipped: {line}")
-    return LabeledImages(data, split, {name: (images[name], labels[name]) for name in names}, lonely, seed, augment)
+    return {name: (images[name], labels[name]) for name in names}, lonely
+
+
+def build_dataset(data: DataSettings, split: str, seed: int = 0, augment: bool = False) -> LabeledImages:
+    """The data set that the settings name; split is "train" or "val".
+
+    augment: whether `dataset[index, draw]` crops and flips; if not, the draw is accepted and changes nothing.
+    Raises UserError as `find_pairs` does, and for files without a partner.
+    """
+    pairs, lonely = find_pairs(data, split)
+    if lonely:
+        raise UserError(lonely[0] + f" ({len(lonely) - 1} more such files)" * (len(lonely) > 1))
+    return LabeledImages(data, split, pairs, seed, augment)
 
 
 def example_pairs(data: DataSettings, class_names: list[str]) -> LabeledImages | None:
@@ -248,12 +231,6 @@ def example_pairs(data: DataSettings, class_names: list[str]) -> LabeledImages |
                 return build_dataset(settings, "val")
         except UserError:
             pass
-
-
-@cache
-def say_once(line: str) -> None:
-    """Print to stderr what this process has not said yet: judges build the data sets of the training anew."""
-    print(line, file=sys.stderr)
 
 
 def leave_signals_to_parent(worker: int) -> None:
@@ -270,16 +247,9 @@ def evenly_spaced(length: int, count: int) -> list[int]:
 
 
 def quick_check(dataset: LabeledImages, most: int = 1000) -> None:
-    """Reads so many pairs before training starts: all, or evenly spaced ones. Those of `scenes` are drawn, not read.
+    """Read so many pairs before training starts, all or evenly spaced ones; those of `scenes` are drawn, not read.
 
-    Raises UserError for the first that cannot be used; with skip_broken such pairs are named, marked and counted.
+    Raises UserError for the first that cannot be used.
     """
-    def check(index: int) -> None:
-        error = dataset.inspect(index)[2]
-        if error:
-            dataset.pass_over(index, error)
-
     indices = evenly_spaced(len(dataset), most) if dataset.pairs else []
-    thread_map(check, indices, desc=f"checking {dataset.split}", leave=False)
-    if dataset.num_broken:
-        say_once(f"skipped: {dataset.num_broken} of {len(dataset)} pairs of {dataset.split}")
+    thread_map(dataset.inspect, indices, desc=f"checking {dataset.split}", leave=False)

@@ -84,7 +84,7 @@ def from_folders(args: argparse.Namespace) -> Source:
         images = [torch.from_numpy(read_image(samples[index_of[s]][k]).copy()) for s in sample_seeds]
         return torch.stack(images).permute(0, 3, 1, 2).to(label_map.device)
 
-    data = settings.data.model_copy(update={"instances": False, "skip_broken": False})
+    data = settings.data.model_copy(update={"instances": False})
     dataset = LabeledImages(data, "val", {name: (paths[0], maps[name]) for name, paths in zip(maps, real)})
     judged = {"diversity_samples": min(settings.eval.diversity_samples, len(samples[0])),  # as many as there are
               "rough": "none"}  # they are made already

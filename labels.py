@@ -28,7 +28,8 @@ class LabelFormat:
 
     palette: (C + 1, 3) uint8, colors of the classes and, last, of void. If all classes are gray, gray files hold
         these colors (0/255 masks), not ids.
-    ids: (256,) uint8, id in a file -> class 0..C-1, void C, or UNKNOWN for an id that is an error.
+    ids: uint8, id in a file -> class 0..C-1, void C, or UNKNOWN for an id that is an error; (256,), or longer if the
+        data set has larger ids (16-bit files).
     rgb: whether RGB files are read by the palette.
     """
 
@@ -49,8 +50,8 @@ class LabelFormat:
         """Classes 0..C -> what a gray label file of this data set holds: the first id of each class, or its gray."""
         if self.gray:
             return self.palette[label, 0]
-        first = [np.flatnonzero(self.ids == c)[:1] for c in range(self.num_classes + 1)]
-        return np.array([id_[0] if len(id_) else UNKNOWN for id_ in first], np.uint8)[label]
+        ids = np.array([(*np.flatnonzero(self.ids == c), UNKNOWN)[0] for c in range(self.num_classes + 1)])
+        return ids.astype(np.uint8 if len(self.ids) == 256 else np.uint16)[label]
 
 
 def read_class_table(path: str | Path) -> LabelFormat:
@@ -63,9 +64,12 @@ def read_class_table(path: str | Path) -> LabelFormat:
         raise UserError(f"{path}: {error}; a class table is a .csv with the columns id,name,r,g,b") from None
     names = [row[0] for row in rows if row[0] != "void"]
     _check_names(names, path)
-    if not all(0 <= number <= 255 for row in rows for number in row[1:]) or len({row[1] for row in rows}) < len(rows):
-        raise UserError(f"{path}: ids and colors must be 0 to 255, and an id may stand in one row only")
-    table, palette = np.full(256, UNKNOWN, np.uint8), np.zeros((len(names) + 1, 3), np.uint8)
+    ids = [row[1] for row in rows]
+    if not all(0 <= number <= 255 for row in rows for number in row[2:]) or not 0 <= min(ids) <= max(ids) <= 65535:
+        raise UserError(f"{path}: ids must be 0 to 65535, colors 0 to 255")
+    if len(set(ids)) < len(ids):
+        raise UserError(f"{path}: id {max(ids, key=ids.count)} stands in two rows")
+    table, palette = np.full(max(256, max(ids) + 1), UNKNOWN, np.uint8), np.zeros((len(names) + 1, 3), np.uint8)
     for name, id_, *color in reversed(rows):  # of several rows named void the first has the color
         index = len(names) if name == "void" else names.index(name)
         table[id_], palette[index] = index, color
@@ -93,28 +97,21 @@ def label_format(data: DataSettings) -> LabelFormat:
     names = [str(name) for name in classes or ()]
     _check_names(names, "data.classes")
     count = len(names)
-    if void is not None and not 0 <= void <= 255:
-        raise UserError(f"data.void: {void}; label files are 8-bit, so 0 to 255, or null")
     if colors is None:  # PASCAL VOC's color map without its black, then black for void
         code, channel, bit = np.arange(1, count + 1)[:, None, None], np.arange(3)[:, None], np.arange(8)
         palette = [*((code >> (3 * bit + channel) & 1) << (7 - bit)).sum(axis=2), (0, 0, 0)]
-    elif len(colors) in (count, count + 1) and all(map(is_color, colors)):
+    elif len(colors) in (count, count + 1):
         palette = [*colors, (0, 0, 0)][:count + 1]
         void = count if void is None else void
     else:
-        raise UserError(f"data.palette: {shorten(colors)} does not give {count} classes their colors; write one "
-                        "[r, g, b] of 0 to 255 a class, in their order, then void's if it is not black")
+        raise UserError(f"data.palette: {len(colors)} colors for {count} classes; write one [r, g, b] a class, in their "
+                        "order, then void's if it is not black")
     # The ids without void are the classes in order: 11 classes with void 11 are 0 to 10, with void 0 they are 1 to 11.
-    ids = np.full(256, UNKNOWN, np.uint8)
+    ids = np.full(max(256, (void or 0) + 1), UNKNOWN, np.uint8)
     ids[[i for i in range(count + 1) if i != void][:count]] = np.arange(count)
     if void is not None:
         ids[void] = count
     return LabelFormat(names, np.array(palette, np.uint8), ids, rgb=colors is not None)
-
-
-def is_color(color) -> bool:
-    """Whether a value is [r, g, b] of 0 to 255."""
-    return isinstance(color, (list, tuple)) and len(color) == 3 and all(type(v) is int and 0 <= v <= 255 for v in color)
 
 
 @contextmanager
@@ -162,18 +159,17 @@ def decode_label(image: Image.Image, path: str | Path, form: LabelFormat) -> np.
             raise UserError(f"{path}: RGB colors ({str(colors)[1:-1]} ...) where class ids are expected; "
                             "set data.palette to one [r, g, b] a class")
         values = values[..., 0]
-    label = np.where((values < 0) | (values > 255), UNKNOWN, form.ids[values & 255])  # files can have 16 bits
+    place = values.astype(int, casting="safe").clip(-1, len(form.ids))  # files can have 16 bits, and a sign
+    label = np.append(form.ids, np.uint8(UNKNOWN))[place]
     bad = values[label == UNKNOWN]
     if not len(bad):
         return label
     if bad[0] == 255 and np.isin(values, (0, 255)).all():
         raise UserError(f"{path}: id 255, as in a 0/255 mask; set data.classes=2 and "
                         "data.palette=[[0,0,0],[255,255,255]], or data.void=255 if 255 means unlabelled")
-    known = np.flatnonzero(form.ids != UNKNOWN)
-    spans = np.split(known, np.flatnonzero(np.diff(known) > 1) + 1)
-    spans = ", ".join(str(s[0]) if len(s) == 1 else f"{s[0]} to {s[-1]}" for s in spans)
-    raise UserError(f"{path}: id {bad[0]} is out of range ({form.num_classes} classes, ids {spans}); mend the file, "
-                    "raise data.classes, or set data.void (0 to 255) to the id of unlabelled pixels")
+    known = shorten(np.flatnonzero(form.ids != UNKNOWN).tolist())
+    raise UserError(f"{path}: id {bad[0]} is none of the ids {known} of {form.num_classes} classes; mend the file, raise "
+                    "data.classes, or set data.void to the id of unlabelled pixels")
 
 
 def read_label_file(path: str | Path, num_classes: int, palette, ids, content: bytes | None = None) -> np.ndarray:

@@ -16,8 +16,7 @@ from config import flatten
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 STYLES = ("-", "--", ":", "-.")  # the next one each time the colors are used up
 POINTS = 100  # of a curve; where there are more, each is the mean of its neighbors
-HIDDEN = ("step", "minutes", "num_images", "images_per_second", "peak_memory_gib", "broken_pairs", "miou_real",
-          "pixel_accuracy_real")
+HIDDEN = ("step", "minutes", "num_images", "images_per_second", "peak_memory_gib", "miou_real", "pixel_accuracy_real")
 
 
 def read_records(path: Path) -> list[dict]:

@@ -171,10 +171,9 @@ def main(settings: Settings, resume: bool) -> None:
     settings = system.settings
     lock = hold_run(run) if rank == 0 and resume and run.exists() else None
     source = from_first_process(lambda: find_checkpoint(run, settings, resume))
-    for part in (dataset, held_out):
-        if rank == 0:
-            quick_check(part)
-        part.broken |= from_first_process(lambda: part.broken)  # named once, not by every process
+    if rank == 0:
+        quick_check(dataset)
+        quick_check(held_out)
     trainer = system.trainer(device)
     check_fit(settings, trainer, world_size)
     judges = build_judges(settings.eval, held_out, device)
@@ -222,8 +221,7 @@ def main(settings: Settings, resume: bool) -> None:
             values = read_losses(pending, run, trainer)
             if rank == 0 and logging:
                 speed = len(pending) * train.batch_size / (time.time() - since)
-                broken = {"broken_pairs": dataset.num_broken} if settings.data.skip_broken else {}
-                recorder.write("log.jsonl", {"step": step, **values, "images_per_second": speed, **broken,
+                recorder.write("log.jsonl", {"step": step, **values, "images_per_second": speed,
                                              **dict(trainer.rates.values()), "peak_memory_gib": peak_memory(device)})
                 bar.set_postfix({name: f"{value:.3f}" for name, value in values.items()}, refresh=False)
             pending, since = [], time.time()

@@ -4,7 +4,6 @@ import json
 import multiprocessing
 import os
 import random
-import re
 import resource
 import signal
 import socket
@@ -14,7 +13,6 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 import yaml
@@ -207,45 +205,6 @@ def test_damaged_checkpoint_is_refused(tmp_path, damage):
     with pytest.raises(UserError, match=r"latest.pt: cut short, altered .* --resume") as error:
         load_checkpoint(path)
     assert "\n" not in str(error.value)
-
-
-# --- data -----------------------------------------------------------------------------------------------------------
-
-@pytest.fixture
-def broken_data(tmp_path):
-    """300 pairs of which 1% are broken in each of six ways, and the names of the 18 files that are to blame."""
-    rng, blamed = np.random.default_rng(0), []
-    for split, count in (("train", 300), ("val", 6)):
-        images, labels = (tmp_path / "data" / split / kind for kind in ("images", "labels"))
-        images.mkdir(parents=True)
-        labels.mkdir(parents=True)
-        for i in range(count):
-            Image.fromarray(rng.integers(0, 256, (40, 48, 3), np.uint8)).save(images / f"{i}.jpg")
-            Image.fromarray(rng.integers(0, 3, (40, 48), np.uint8)).save(labels / f"{i}.png")
-    images, labels = (tmp_path / "data/train" / kind for kind in ("images", "labels"))
-    cut = lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    ways = [(images, "jpg", cut), (labels, "png", cut), (images, "jpg", lambda path: path.write_bytes(b"")),
-            (images, "jpg", lambda path: path.write_text("not an image")),
-            (labels, "png", lambda path: Image.new("L", (48, 30)).save(path)),
-            (labels, "png", lambda path: Image.new("L", (48, 40), 9).save(path))]
-    for number, i in enumerate(random.Random(0).sample(range(300), 18)):
-        folder, suffix, spoil = ways[number % 6]
-        spoil(folder / f"{i}.{suffix}")
-        blamed.append(f"{folder}/{i}.{suffix}")
-    return ["data.name=folder", f"data.root={tmp_path / 'data'}", "data.classes=3", "data.workers=2"], blamed
-
-
-def test_broken_files_are_named_once_counted_and_left_out(train, quick_config, tmp_path, broken_data, capfd):
-    options, blamed = broken_data
-    with pytest.raises(UserError) as error:
-        train(quick_config, *options)
-    assert any(name in str(error.value) for name in blamed) and not (tmp_path / "runs").exists()
-    train(quick_config, *options, "data.skip_broken=true", "train.steps=20", "train.batch_size=16")
-    said = capfd.readouterr().err
-    assert sorted(re.findall(r"skipped: (/\S+): ", said)) == sorted(blamed)
-    assert said.count("skipped: 18 of 300 pairs of train") == 1
-    records = lines_of(tmp_path / "runs/tiny/log.jsonl")
-    assert len(records) == 20 and records[-1]["broken_pairs"] == 18
 
 
 # --- long runs ------------------------------------------------------------------------------------------------------

@@ -24,12 +24,13 @@ def test_class_tables_name_each_class_and_color_once(name, bad):
     ({"void": 255}, [0, 2, 255], [0, 2, 3]),
     ({"void": 0}, [0, 1, 2, 3], [3, 0, 1, 2]),
     ({"void": 1}, [0, 1, 2, 3], [0, 3, 1, 2]),
+    ({"void": 65535}, [0, 2, 65535], [0, 2, 3]),
     ({"classes": ["x", 2], "void": 9}, [0, 1, 9], [0, 1, 2])])
 def test_folder_ids(tmp_path, changes, file_ids, classes):
     tree(tmp_path, ids(*file_ids))
     dataset = build_dataset(settings(tmp_path, **changes), "train")
     assert np.array_equal(dataset[0][1], ids(*classes))
-    everything = np.arange(dataset.num_classes + ("void" in changes), dtype=np.uint8)
+    everything = np.arange(dataset.num_classes + ("void" in changes))
     assert np.array_equal(dataset.form.ids[dataset.form.encode(everything)], everything)
 
 
@@ -49,11 +50,11 @@ def test_ids_in_any_gray_mode(tmp_path, make):
     assert np.array_equal(build_dataset(settings(tmp_path), "train")[0][1], ids(0, 1, 2))
 
 
-@pytest.mark.parametrize("void", [None, 255])
+@pytest.mark.parametrize("void", [None, 255, 999])
 @pytest.mark.parametrize("bad", [256, 1000, 65535])
 def test_ids_of_16_bits_that_are_too_large(tmp_path, void, bad):
     tree(tmp_path, ids(0, 1).astype(np.uint16) * bad)
-    with pytest.raises(UserError, match=rf"train/labels/a.png: id {bad} is out of range \(3 classes, ids 0 to 2"):
+    with pytest.raises(UserError, match=rf"train/labels/a.png: id {bad} is none of the ids \[0, 1, 2"):
         build_dataset(settings(tmp_path, void=void), "train")[0]
 
 
@@ -89,12 +90,17 @@ def test_read_label_file(tmp_path):
         read_label_file(tmp_path / "none.png", 150, table.palette, table.ids)
 
 
-def test_class_table_of_ones_own(tmp_path):
+@pytest.mark.parametrize("dog", [20, 300, 65535])  # the last two need 16 bits
+def test_class_table_of_ones_own(tmp_path, dog):
     table = tmp_path / "mine.csv"
-    table.write_text("id,name,r,g,b\n7,void,1,1,1\n40,cat,255,0,0\n20,dog,0,255,0\n9,void,2,2,2\n")
-    tree(tmp_path, ids(40, 20, 7, 9))
+    table.write_text(f"id,name,r,g,b\n7,void,1,1,1\n40,cat,255,0,0\n{dog},dog,0,255,0\n9,void,2,2,2\n")
+    tree(tmp_path, ids(40, dog, 7, 9))
     dataset = build_dataset(settings(tmp_path, classes=str(table)), "train")
     assert dataset.class_names == ["cat", "dog"] and np.array_equal(dataset[0][1], ids(0, 1, 2, 2))
+    written = put(tmp_path / "again.png", dataset.form.encode(dataset[0][1].numpy()))
+    form = dataset.form
+    assert np.array_equal(read_label_file(written, 2, form.palette.tolist(), form.ids.tolist()), dataset[0][1])
+    assert np.array_equal(Image.open(written), ids(40, dog, 7, 7))
 
 
 def test_default_palette_is_the_voc_map():
@@ -106,16 +112,16 @@ def test_default_palette_is_the_voc_map():
 @pytest.mark.parametrize("changes, message", [
     ({"classes": None}, "data.classes: 0 classes; give 1 to 254"), ({"classes": 0}, "0 classes"),
     ({"classes": 255}, "255 classes"), ({"classes": ["a", "a"]}, "a is there twice"),
-    ({"classes": "none.csv"}, "none.csv: .*a class table is"), ({"void": 256}, "data.void: 256"),
-    ({"palette": [[0, 0, 0]]}, "data.palette"), ({"palette": [[0, 0]] * 3}, "data.palette"),
-    ({"palette": [[0, 0, 0], [0, 0, 1], [0, 0, 256]]}, "data.palette")])
+    ({"classes": "none.csv"}, "none.csv: .*a class table is"), ({"void": 65536}, "data.void is 65536"),
+    ({"palette": [[0, 0, 0]]}, "data.palette: 1 colors for 3 classes"), ({"palette": [[0, 0]] * 3}, "data.palette is"),
+    ({"palette": [[0, 0, 0], [0, 0, 1], [0, 0, 256]]}, "data.palette is")])
 def test_setting_errors(changes, message):
     with pytest.raises(UserError, match=message):
         label_format(settings("", **changes))
 
 
 @pytest.mark.parametrize("text", ["", "id,name\n1,a\n", "id,name,r,g,b\nx,a,1,2,3\n", "id,name,r,g,b\n1,a,1,2,300\n",
-                                  "id,name,r,g,b\n1,a,1,2,3\n1,b,1,2,4\n", "id,name,r,g,b\n1,a,1,2,3\n2,a,1,2,4\n"])
+                                  "id,name,r,g,b\n1,a,1,2,3\n1,b,1,2,4\n", "id,name,r,g,b\n1,a,1,2,3\n2,a,1,2,4\n", "id,name,r,g,b\n65536,a,1,2,3\n"])
 def test_class_table_errors(tmp_path, text):
     table = tmp_path / "mine.csv"
     table.write_text(text)
