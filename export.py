@@ -8,10 +8,8 @@ of paint.py, which draws with it in the browser. Any web server serves FOLDER: p
 """
 
 import argparse
-import base64
 import json
 import shutil
-import zlib
 from pathlib import Path
 from unittest.mock import patch
 
@@ -21,7 +19,7 @@ import onnxruntime
 import torch
 import torch.nn.functional as F
 from onnx import helper, numpy_helper
-from torch import Tensor, nn
+from torch import Tensor
 
 from checkpoint import load_generator, newest_checkpoint
 from config import UserError, run_script
@@ -31,6 +29,7 @@ RUNTIME = ("ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-thre
 MOST_ERROR = 1e-3    # of the file against PyTorch, images in [-1, 1]
 MOST_ROUNDING = 2    # by float16 weights, images in 0..255
 EXAMPLES = 24        # label maps to start from
+WALK = 21            # pictures from one noise to another
 
 # What torch's exporter refuses or makes loops of, in plain operations.
 PLAIN = {"scaled_dot_product_attention": lambda q, k, v: (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v,
@@ -50,13 +49,11 @@ def halve_weights(path: Path, smaller: Path) -> None:
     onnx.save(model, smaller)
 
 
-def largest_error(path: Path, generator: nn.Module, batches: list[dict[str, Tensor]]) -> float:
-    """Largest difference between the images of a file and of the generator; NaN where there is one."""
-    session, errors = onnxruntime.InferenceSession(path), []
-    for inputs in batches:
-        image = session.run(None, {entry.name: inputs[entry.name].numpy() for entry in session.get_inputs()})[0]
-        errors.append((torch.from_numpy(image) - generator(**inputs)).abs().max())
-    return torch.stack(errors).max().item()
+def largest_error(path: Path, inputs: dict[str, Tensor], image: Tensor) -> float:
+    """Largest difference between the image that a file draws and `image`; NaN where there is one."""
+    session = onnxruntime.InferenceSession(path)
+    drawn = session.run(None, {entry.name: inputs[entry.name].numpy() for entry in session.get_inputs()})[0]
+    return (torch.from_numpy(drawn) - image).abs().max().item()
 
 
 @torch.no_grad()
@@ -71,38 +68,40 @@ def main(arguments: argparse.Namespace) -> None:
                         f"and name the folder `package` that this makes with --runtime")
     if out.exists():
         raise UserError(f"{out} exists; choose another --out")
-    pairs = example_pairs(settings.data, state["class_names"])
-    maps = [pairs[i][1] for i in evenly_spaced(len(pairs), EXAMPLES)] if pairs else []
-    stripes = torch.arange(height * width).view(height, width) // width % (system.num_classes + 1)
-    batches = [{"label_map": label[None].long(), "z": torch.randn(1, generator.z_dim),
-                "z2": torch.randn(1, generator.z_dim), "region": label[None] == label[height // 2, width // 2]}
-               for label in [stripes, *maps[:3]]]
+    stripes = torch.arange(height * width).view(1, height, width) // width % (system.num_classes + 1)
+    inputs = {"label_map": stripes, "z": torch.randn(1, generator.z_dim), "z2": torch.randn(1, generator.z_dim),
+              "region": stripes < system.num_classes // 2}
+    image = generator(**inputs)
 
-    out.mkdir(parents=True)
+    (out / "example").mkdir(parents=True)
     model, half = out / "model.onnx", out / "half.onnx"
     with patch.multiple(F, **PLAIN):
-        torch.onnx.export(generator, kwargs=batches[-1], f=str(model), input_names=list(batches[-1]),
+        torch.onnx.export(generator, kwargs=inputs, f=str(model), input_names=list(inputs),
                           output_names=["image"], dynamo=True, external_data=False, verbose=False)
-    error = largest_error(model, generator, batches)
+    error = largest_error(model, inputs, image)
     if not error <= MOST_ERROR:
         raise UserError(f"{model}: its images differ by {error:.2g} from PyTorch's; the limit is {MOST_ERROR}")
     halve_weights(model, half)
-    rounding = 127.5 * largest_error(half, generator, batches)
-    half.replace(model) if rounding <= MOST_ROUNDING else half.unlink()
-    kept = "16" if rounding <= MOST_ROUNDING else "32"
-    print(f"largest difference from PyTorch: {error:.2g} in [-1, 1]; with float16 weights {rounding:.2g} in 0..255; "
-          f"they are float{kept}")
+    rounding = 127.5 * largest_error(half, inputs, image)
+    if rounding <= MOST_ROUNDING:
+        half.replace(model)
+    else:
+        half.unlink()
+    print(f"largest difference from PyTorch: {error:.2g} in [-1, 1]; {rounding:.2g} in 0..255 with float16 weights, "
+          f"which are {'kept' if rounding <= MOST_ROUNDING else 'not used'}")
 
     shutil.copy(Path(__file__).with_name("paint.html"), out / "index.html")
     for name in RUNTIME:
         shutil.copy(runtime / name, out / name)
-    pack = lambda label: base64.urlsafe_b64encode(zlib.compress(label.numpy().tobytes())).decode()
+    pairs = example_pairs(settings.data, state["class_names"]) or ()
+    examples = evenly_spaced(len(pairs), EXAMPLES)
+    for number, i in enumerate(examples):
+        (out / "example" / str(number)).write_bytes(pairs[i][1].numpy().tobytes())
     known = {key: state[key] for key in ("class_names", "palette", "ids", "step")}
     (out / "model.json").write_text(json.dumps(known | {
         "server": False, "name": settings.name, "size": [height, width], "z_dim": generator.z_dim, "photos": False,
-        "options": sorted(system.options - {"noise"}), "examples": len(maps), "maps": [pack(label) for label in maps]}))
-    size = sum(path.stat().st_size for path in out.iterdir() if path.name not in RUNTIME)
-    print(f"{out}: {size / 1e6:.1f} MB beside the runtime; python -m http.server -d {out}")
+        "options": sorted(system.options), "choices": {}, "walk": WALK, "examples": len(examples)}))
+    print(f"{out}: {model.stat().st_size / 1e6:.1f} MB beside the runtime; python -m http.server -d {out}")
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -11,37 +11,33 @@ Only this machine reaches the page, unless --host says otherwise (0.0.0.0: the n
 import argparse
 import ipaddress
 import json
-import os
-import queue
 import re
-import sys
-import threading
-import traceback
 import webbrowser
 import zlib
-from concurrent.futures import CancelledError, ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qsl, urlsplit
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from checkpoint import load_generator, newest_checkpoint
 from config import UserError, run_script
-from dataset import example_pairs
+from dataset import evenly_spaced, example_pairs
 from distributed import setup_distributed
 from interface import System
 from labels import read_label_file
 
 NAME = zlib.crc32(b"painted")  # the label map that the page saves is painted.png; sample.py draws noise by this name
+WALK = 21                      # pictures from one noise to another: those of sample.py --interpolate 21
 QUICK_STEPS = 20               # at first, of a system that takes many
+EXAMPLES = 24                  # label maps to start from, evenly spaced
 MOST_BYTES = 2 ** 24           # of a request
 Image.MAX_IMAGE_PIXELS = 2 ** 23  # of a label file; Pillow refuses twice as many
-PLAIN = {"num": 1, "resample": None, "interpolate": 0, "noise": "image", "steps": None, "guidance": None}
 
 
 class Studio:
@@ -49,91 +45,95 @@ class Studio:
 
     def __init__(self, system: System, generator: torch.nn.Module, state: dict, labels: Path | None):
         self.system, self.generator, self.state, self.size = system, generator, state, system.settings.data.size
-        self.files = sorted(path for path in labels.glob("*") if path.suffix.lower() == ".png") if labels else []
-        if labels and not self.files:
+        files = sorted(path for path in labels.glob("*") if path.suffix.lower() == ".png") if labels else []
+        if labels and not files:
             raise UserError(f"{labels}: no label maps; --labels names a folder of PNG files")
-        self.pairs = None if labels else example_pairs(system.settings.data, state["class_names"])
-        self.count = len(self.files or self.pairs or ())  # of label maps to start from
-        self.newest: dict[str, queue.SimpleQueue] = {}  # page -> what it waits for
-        self.drawn = "", None  # the page and the queue of what is being drawn
-        self.worker, self.change, self.reading = ThreadPoolExecutor(1), threading.Lock(), threading.Lock()
-        for module in generator.modules():  # a newer stroke ends an older picture at its next layer
+        self.files, self.pairs = files, None if labels else example_pairs(system.settings.data, state["class_names"])
+        self.examples = evenly_spaced(len(self.pairs or files), EXAMPLES)
+        given = system.settings.diffusion
+        offered = {"noise": ["image", "class", "pixel"],  # the first of each is the default
+                   "steps": [min(QUICK_STEPS, given.steps), 10, 20, 50, 100, 250, 1000],
+                   "guidance": [given.guidance, *((1.0, 1.5, 2.0, 3.0) if given.drop_labels else ())]}
+        self.choices = {key: list(dict.fromkeys(map(str, offered[key]))) for key in offered if key in system.options}
+        self.newest: dict[str, object] = {}  # page -> a mark of the picture that it waits for
+        self.drawn = "", None                # page and mark of the picture that is being drawn
+        self.worker, self.device = ThreadPoolExecutor(1), next(generator.parameters()).device
+        for module in generator.modules():   # a newer stroke ends an older picture at its next layer
             module.register_forward_pre_hook(lambda *_: self.go_on())
 
     def describe(self) -> dict:
         """What the page must know of the model."""
-        settings, options = self.system.settings, sorted(self.system.options)
         return {key: self.state[key] for key in ("class_names", "palette", "ids", "step")} | {
-            "server": True, "name": settings.name, "size": self.size, "options": options, "examples": self.count,
-            "photos": bool(self.pairs), "steps": min(QUICK_STEPS, settings.diffusion.steps)}
+            "server": True, "name": self.system.settings.name, "size": self.size, "options": sorted(self.system.options),
+            "choices": self.choices, "walk": WALK, "examples": len(self.examples), "photos": bool(self.pairs)}
 
-    def submit(self, page: str, body: bytes, given: dict[str, str]) -> queue.SimpleQueue:
-        """Draw H * W bytes of classes as a query says, in the place of what the same page asked for before.
+    def draw(self, page: str, body: bytes, given: dict[str, str], send: Callable[[bytes], None]) -> bytes:
+        """A picture of H * W bytes of classes; what the same page asked for before is given up.
 
-        Returns a queue of pictures, H * W RGB pixels each, coarse ones first, and last None; None alone if the page
-        asks for another picture meanwhile, or if drawing fails. Raises UserError for a wrong request.
+        Args:
+            given: `seed`; `walk`, the place from this noise (0) to another (WALK - 1); `redraws`, "class.number,...";
+                and of each of `choices` the name of one.
+            send: called with coarse pictures on the way, by systems that take many steps.
+
+        Returns H * W RGBA pixels. Raises UserError for a wrong request, and if the page asks for another picture meanwhile.
         """
         (height, width), classes = self.size, self.system.num_classes
         if len(body) != height * width or max(body) > classes:
             raise UserError(f"{len(body)} bytes; a label map of this model is {height * width}, {height} rows of "
                             f"{width} classes from 0 to {classes}: reload the page")
-        label_map = torch.frombuffer(bytearray(body), dtype=torch.uint8).view(1, height, width).long()
+        label_map = torch.frombuffer(bytearray(body), dtype=torch.uint8).view(1, height, width).to(self.device).long()
+        seed, walk = whole(given.get("seed", "0"), 2 ** 63), whole(given.get("walk", "0"), WALK)
         redraws = re.findall(r"(\d+)\.(\d+)", given.get("redraws", ""))
         redraws = [(whole(c, classes), whole(k, 1000)) for c, k in redraws]
-        seed, interpolate = whole(given.get("seed", "0"), 2 ** 63), whole(given.get("interpolate", "0"), 1000)
-        number = whole(given.get("number", "0"), max(interpolate, 1))
-        options = PLAIN | {"interpolate": interpolate, "steps": whole(given.get("steps", "0"), 1001) or None}
-        system, pictures = self.system.with_options(argparse.Namespace(**options)), queue.SimpleQueue()
+        chosen = {option: given.get(option, values[0]) for option, values in self.choices.items()}
+        if any(value not in self.choices[option] for option, value in chosen.items()):
+            raise UserError(f"{chosen}: choose among {self.choices}")
+        if chosen.get("noise", "image") != "image" and (walk or redraws):
+            raise UserError("the noise of classes or pixels has no walk and no redraws")
+        options = {"interpolate": walk and WALK, "resample": None, "noise": "image", "steps": None, "guidance": None} | chosen
+        system = self.system.with_options(argparse.Namespace(**options))
+        preview = (lambda image: send(rgba(image))) if "steps" in system.options else None
+        mark = self.newest[page] = object()
 
-        def finish(image: Tensor) -> None:
-            pictures.put(image.permute(1, 2, 0).cpu().numpy().tobytes())
-
-        def draw(number: int, **changes) -> Tensor:
-            maps = [label_map.to(next(self.generator.parameters()).device)]
-            coarse = lambda image: None if pictures.qsize() else finish(image)  # who reads slowly gets fewer of them
-            preview = coarse if "steps" in system.options else None
-            wanted = argparse.Namespace(**options | changes)
-            return next(system.draw(self.generator, maps, (seed, NAME), wanted, [number], preview)).cpu()
+        def draw(redraw: int = 0, **changes) -> Tensor:
+            wanted = argparse.Namespace(**options | changes, num=redraw + 1)
+            number = redraw * (wanted.interpolate or 1) + walk  # among the images that sample.py would draw
+            return next(system.draw(self.generator, [label_map], (seed, NAME), wanted, [number], preview))
 
         @torch.no_grad()
-        def run() -> None:
-            self.drawn = page, pictures
-            try:
-                self.go_on()
-                image = None if redraws else draw(number)
-                for c, k in redraws:  # each class is pasted from the picture in which it alone is redrawn
-                    redrawn = draw(k, resample=c, num=k + 1, interpolate=0)
-                    image = redrawn if image is None else torch.where(label_map == c, redrawn, image)
-                finish(image)
-            except CancelledError:
-                pass
-            except Exception:  # the page goes on, whatever becomes of one picture
-                traceback.print_exc()
-            pictures.put(None)
+        def run() -> bytes:
+            self.drawn = page, mark
+            self.go_on()
+            image = None if redraws else draw()
+            for c, k in redraws:  # each class is pasted from the picture in which it alone is redrawn
+                redrawn = draw(k, resample=c)
+                image = redrawn if image is None else torch.where(label_map == c, redrawn, image)
+            return rgba(image)
 
-        with self.change:
-            self.newest[page] = pictures
-        self.worker.submit(run)
-        return pictures
+        return self.worker.submit(run).result()
 
     def go_on(self) -> None:
-        """Raise CancelledError if nobody waits any more for what is being drawn."""
-        page, pictures = self.drawn
-        if self.newest.get(page) is not pictures:
-            raise CancelledError
+        """Raise UserError if nobody waits any more for what is being drawn."""
+        page, mark = self.drawn
+        if self.newest.get(page) is not mark:
+            raise UserError("the page wants a newer picture")
 
     def read_label(self, path: str | Path, content: bytes | None = None) -> bytes:
         """A label file by the rules of sample.py -> H * W classes. Raises UserError."""
-        with self.reading:  # one at a time: a large one takes memory
-            label = read_label_file(path, self.system.num_classes, self.state["palette"], self.state["ids"], content)
-            return Image.fromarray(label).resize(self.size[::-1], Image.Resampling.NEAREST).tobytes()
+        label = read_label_file(path, self.system.num_classes, self.state["palette"], self.state["ids"], content)
+        return Image.fromarray(label).resize(self.size[::-1], Image.Resampling.NEAREST).tobytes()
 
     def example(self, index: int) -> tuple[bytes, bytes]:
-        """A label map to start from, H * W classes, and of a pair the photo, H * W RGB pixels. Raises UserError."""
+        """A label map to start from, H * W classes, and of a pair the photo, H * W RGBA pixels. Raises UserError."""
         if self.files:
-            return self.read_label(self.files[index]), b""
-        photo, label = self.pairs[index][:2]
-        return label.numpy().tobytes(), photo.permute(1, 2, 0).numpy().tobytes()
+            return self.read_label(self.files[self.examples[index]]), b""
+        photo, label = self.pairs[self.examples[index]][:2]
+        return label.numpy().tobytes(), rgba(photo)
+
+
+def rgba(image: Tensor) -> bytes:
+    """uint8 (3, H, W) -> H * W pixels, as a canvas takes them."""
+    return torch.cat([image, torch.full_like(image[:1], 255)]).permute(1, 2, 0).cpu().numpy().tobytes()
 
 
 def whole(text: str, below: int) -> int:
@@ -146,6 +146,7 @@ def whole(text: str, below: int) -> int:
 class Handler(BaseHTTPRequestHandler):
     timeout = 20  # seconds that a slow sender or reader may pause
     log_message = lambda *_: None  # the terminal is for errors
+    begun = False  # whether the answer has a head
     studio: Studio
     names: tuple[str, str]  # by which the page may call this machine, beside its addresses
 
@@ -161,49 +162,36 @@ class Handler(BaseHTTPRequestHandler):
             if name not in self.names and not ipaddress.ip_address(name) or origin not in (None, f"http://{host}"):
                 raise UserError(f"this server answers its own page, not {origin}")
             body = self.rfile.read(whole(self.headers.get("Content-Length", "0"), MOST_BYTES))
-            url = urlsplit(self.path)
-            self.answer(f"{self.command} {url.path}", dict(parse_qsl(url.query)), body)
+            url, studio = urlsplit(self.path), self.studio
+            given = dict(parse_qsl(url.query))
+            match url.path.split("/")[1:]:
+                case [""]:
+                    self.reply(Path(__file__).with_name("paint.html").read_bytes(), "text/html; charset=utf-8")
+                case ["model.json"]:
+                    self.reply(json.dumps(studio.describe()).encode(), "application/json")
+                case ["example" | "photo" as kind, index]:
+                    self.reply(studio.example(whole(index, len(studio.examples)))[kind == "photo"])
+                case ["label"]:
+                    self.reply(studio.read_label(given.get("name", "the file")[:100], body))
+                case ["draw"]:
+                    self.reply(studio.draw(given.get("page", "")[:40], body, given, self.reply))
+                case _:
+                    raise UserError(f"{url.path[:60]}: there is nothing here")
         except ValueError as error:
-            self.reply(str(error).encode(), "text/plain; charset=utf-8", 400)
+            if not self.begun:
+                self.reply(str(error).encode(), "text/plain; charset=utf-8", 400)
 
     do_POST = do_GET
 
-    def answer(self, what: str, given: dict[str, str], body: bytes) -> None:
-        """Answer "METHOD /path" with its query and body. Raises UserError."""
-        if what == "GET /":
-            self.reply(Path(__file__).with_name("paint.html").read_bytes(), "text/html; charset=utf-8")
-        elif what == "GET /model.json":
-            self.reply(json.dumps(self.studio.describe()).encode(), "application/json")
-        elif what in ("GET /example", "GET /photo"):
-            index = whole(given.get("index", ""), self.studio.count)
-            self.reply(self.studio.example(index)[what == "GET /photo"])
-        elif what == "POST /label":
-            self.reply(self.studio.read_label(given.get("name", "the file")[:100], body))
-        elif what == "POST /draw":
-            self.draw(given.get("page", "")[:40], body, given)
-        else:
-            raise UserError(f"{what[:60]}: there is nothing here")
-
-    def draw(self, page: str, body: bytes, given: dict[str, str]) -> None:
-        """Send the pictures one after the other, each H * W * 3 bytes; the last is the one that was asked for."""
-        pictures = self.studio.submit(page, body, given)
-        try:
-            if (first := pictures.get()) is None:
-                raise UserError("no picture: the page wants a newer one, or the terminal of paint.py says what failed")
-            self.reply(first)
-            while picture := pictures.get():
-                self.wfile.write(picture)
-        finally:
-            with self.studio.change:
-                if self.studio.newest.get(page) is pictures:
-                    del self.studio.newest[page]
-
     def reply(self, body: bytes, kind: str = "application/octet-stream", status: int = 200) -> None:
-        self.send_response(status)
-        for key, value in {"Content-Type": kind, "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff",
-                           "X-Frame-Options": "DENY"}.items():
-            self.send_header(key, value)
-        self.end_headers()
+        """The answer, or its next part."""
+        if not self.begun:
+            self.begun = True
+            self.send_response(status)
+            for key, value in {"Content-Type": kind, "Cache-Control": "no-store", "X-Content-Type-Options": "nosniff",
+                               "X-Frame-Options": "DENY"}.items():
+                self.send_header(key, value)
+            self.end_headers()
         self.wfile.write(body)
 
 
@@ -211,14 +199,14 @@ def main(arguments: argparse.Namespace) -> None:
     loaded = load_generator(arguments.checkpoint or newest_checkpoint(), setup_distributed()[2], arguments.config)
     Handler.studio = studio = Studio(*loaded, arguments.labels)
     Handler.names = "localhost", arguments.host.lower()
-    studio.submit("", bytes(np.prod(studio.size)), {}).get()  # the first picture takes longer
+    studio.draw("", bytes(studio.size[0] * studio.size[1]), {}, lambda picture: None)  # the first takes longer
     try:
         server = ThreadingHTTPServer((arguments.host, arguments.port), Handler)
     except (OSError, OverflowError) as error:
         raise UserError(f"--host {arguments.host} --port {arguments.port}: {error}; choose others") from None
     address = f"http://{arguments.host}:{server.server_address[1]}"
     print(f"{address} shows the page; Ctrl-C ends it", flush=True)
-    if not arguments.no_browser and (os.name == "nt" or sys.platform == "darwin" or os.environ.get("DISPLAY")):
+    if not arguments.no_browser:
         webbrowser.open(address)
     try:
         server.serve_forever()

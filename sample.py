@@ -58,10 +58,10 @@ def check_options(system: System, arguments: argparse.Namespace) -> None:
     """Raise UserError for options that do not go together, or that this model does not have."""
     if arguments.num < 1 or arguments.interpolate == 1 or arguments.interpolate < 0 or arguments.seed < 0:
         raise UserError("--num takes at least 1, --interpolate at least 2, --seed at least 0")
-    if bool(arguments.resample) + bool(arguments.interpolate) + (arguments.noise != "image") > 1:
-        raise UserError("choose one of --resample, --interpolate and --noise")
-    if arguments.interpolate and arguments.num > 1:
-        raise UserError("--interpolate does not go with --num")
+    if arguments.noise != "image" and (arguments.resample or arguments.interpolate):
+        raise UserError("--noise does not go with --resample and --interpolate")
+    if arguments.interpolate and arguments.num > 1 and not arguments.resample:
+        raise UserError("--interpolate goes with --num only where --resample redraws a class at each of its images")
     for option, default in DEFAULTS.items():
         if getattr(arguments, option) != default and option not in system.options:
             has = ", ".join(f"--{name}" for name in sorted(system.options)) or "none of these options"
@@ -93,7 +93,7 @@ def main(arguments: argparse.Namespace) -> None:
     system, size = system.with_options(arguments), system.settings.data.size
     if arguments.resample:
         arguments.resample = find_class(arguments.resample, state["class_names"])
-    names = image_names(paths, arguments.interpolate or arguments.num, arguments)
+    names = image_names(paths, (arguments.interpolate or 1) * arguments.num, arguments)
     share, rows = paths[rank::world_size], {}
     for path in tqdm(share, desc="check", leave=False, disable=rank != 0):
         read_maps(path, state, size, arguments.instances)
@@ -126,7 +126,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--num", type=int, default=1, metavar="K", help="samples a label map: NAME_0.png ...")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--grid", action="store_true", help="write grid.png too: a row a label map, its colors and samples")
-    parser.add_argument("--resample", metavar="CLASS", help="redraw only what this class shows; the rest is as without it")
+    parser.add_argument("--resample", metavar="CLASS", help="redraw only what this class shows; the rest is as without it, or as with --interpolate")
     parser.add_argument("--interpolate", type=int, default=0, metavar="N", help="N images from one noise to another")
     parser.add_argument("--config", type=Path, metavar="FILE", help="configuration of an official checkpoint")
     parser.add_argument("--noise", choices=("image", "class", "pixel"), default="image",

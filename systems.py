@@ -96,27 +96,33 @@ class Adversarial(System):
 
     def draw(self, generator: nn.Module, maps: list[Tensor], key: tuple[int, int], options: Namespace,
              numbers: Iterable[int] | None = None, preview=None) -> Iterator[Tensor]:
-        plan = self.plan_noise(generator, maps[0], key, options)
-        kept = to_uint8(generator(maps[0], z=plan[0]["z"]))[0] if options.resample is not None else None
+        plan, z = self.plan_noise(generator, maps[0], key, options), None
         for given in plan if numbers is None else map(plan.__getitem__, numbers):
             image = to_uint8(generator(maps[0], **given))[0]
-            yield image if kept is None else torch.where(given["region"], image, kept)
+            if "region" in given:
+                if z is not given["z"]:
+                    z = given["z"]
+                    kept = to_uint8(generator(maps[0], z=z))[0]
+                image = torch.where(given["region"], image, kept)
+            yield image
 
     def plan_noise(self, generator: nn.Module, label_map: Tensor, key: tuple[int, int], options: Namespace) -> list[dict]:
         """The noise arguments of the generator for each image of one label map (1, H, W).
 
-        Sample k has noise (*key, k). Resampling a class, `options.resample`, keeps sample 0 and takes the region's noise
-        from another stream; interpolation goes on the sphere from sample 0 to sample 1.
+        Sample k has noise (*key, k); interpolation goes on the sphere from sample 0 to sample 1. Resampling a class,
+        `options.resample`, keeps sample 0 or each place of the interpolation, and takes the region's noise, which is
+        another for each k, from another stream.
         """
-        if options.resample is not None:
-            return [{"z": self.stream(generator, key, 0, 0), "z2": self.stream(generator, key, k, 1),
-                     "region": label_map == options.resample} for k in range(options.num)]
-        if not options.interpolate:
-            return [{"z": self.stream(generator, key, k, 0)} for k in range(options.num)]
-        start, end = (self.stream(generator, key, k, 0) for k in range(2))
-        angle = torch.acos(torch.cosine_similarity(start, end))
-        return [{"z": (torch.sin((1 - t) * angle) * start + torch.sin(t * angle) * end) / torch.sin(angle)}
-                for t in torch.linspace(0, 1, options.interpolate, device=start.device)]
+        zs = [self.stream(generator, key, k, 0) for k in range(2 if options.interpolate else options.num)]
+        if options.interpolate:
+            angle = torch.acos(torch.cosine_similarity(*zs))
+            zs = [(torch.sin((1 - t) * angle) * zs[0] + torch.sin(t * angle) * zs[1]) / torch.sin(angle)
+                  for t in torch.linspace(0, 1, options.interpolate, device=angle.device)]
+        if options.resample is None:
+            return [{"z": z} for z in zs]
+        others = [self.stream(generator, key, k, 1) for k in range(options.num)]
+        return [{"z": z, "z2": z2, "region": label_map == options.resample} for z2 in others
+                for z in (zs if options.interpolate else zs[:1])]
 
     def stream(self, generator: nn.Module, key: tuple[int, int], k: int, number: int, rows: int = 1) -> Tensor:
         """Noise vectors (rows, z_dim) of sample k, from one of several streams."""

@@ -9,14 +9,15 @@ import onnx
 import pytest
 import torch
 from conftest import TINY
-from test_paint import SDM, write_checkpoint
+from test_paint import OASIS, SDM, write_checkpoint
 
 import export
+import scenes
 from checkpoint import load_generator
 from config import UserError
 
 GENERATORS = {"dp_sims": TINY["generator"], "concat": {**TINY["generator"], "noise": "concat"},
-              "oasis": {"name": "oasis", "channels": 2, "z_dim": 8}}
+              "oasis": OASIS}
 
 
 @pytest.fixture
@@ -34,7 +35,7 @@ def test_the_file_draws_what_the_generator_draws(name, runtime, tmp_path, capsys
     checkpoint, out = write_checkpoint(tmp_path / "latest.pt", generator=GENERATORS[name]), tmp_path / "page"
     export.main(Namespace(checkpoint=checkpoint, config=None, out=out, runtime=runtime))
     assert "difference from PyTorch" in capsys.readouterr().out
-    assert {path.name for path in out.iterdir()} == {"index.html", "model.onnx", "model.json", *export.RUNTIME}
+    assert {path.name for path in out.iterdir()} == {"index.html", "model.onnx", "model.json", "example", *export.RUNTIME}
     weights = [entry.data_type for entry in onnx.load(out / "model.onnx").graph.initializer]
     assert onnx.TensorProto.FLOAT16 in weights and onnx.TensorProto.FLOAT not in weights
     session = onnxruntime.InferenceSession(out / "model.onnx")
@@ -48,7 +49,8 @@ def test_the_file_draws_what_the_generator_draws(name, runtime, tmp_path, capsys
     with torch.no_grad():
         assert np.abs(image - generator(**inputs).numpy()).max() * 127.5 <= 2
     described = json.loads((out / "model.json").read_text())
-    assert described["options"] == ["interpolate", "resample"] and len(described["maps"]) == described["examples"] == 24
+    assert described["examples"] == 24 == len(list((out / "example").iterdir()))
+    assert (out / "example/0").read_bytes() == scenes.render("val", 0, (32, 32))[1].tobytes()
 
 
 def test_what_cannot_be_exported_is_said(runtime, tmp_path):

@@ -12,6 +12,7 @@ import tempfile
 import threading
 import time
 from argparse import Namespace
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -34,6 +35,9 @@ from systems import system_for
 
 SDM = {"name": "sdm", "base_channels": 32, "multipliers": [1, 1], "num_res_blocks": 1, "attention_strides": [2],
        "head_channels": 32, "spade_channels": 8}
+OASIS = {"name": "oasis", "channels": 2, "z_dim": 8}
+COLORS = np.array([color for _, color in scenes.CLASSES] + [(0, 0, 0)], np.uint8)
+pixels = lambda picture: np.frombuffer(picture, np.uint8).reshape(32, 32, 4)[..., :3]
 
 
 def write_checkpoint(path: Path, **changes) -> Path:
@@ -53,18 +57,18 @@ def write_checkpoint(path: Path, **changes) -> Path:
 class Server:
     """paint.py in a process of its own."""
 
-    def __init__(self, folder: Path, *arguments, port: int = 0):
-        command = [sys.executable, ROOT / "paint.py", "--no-browser", "--port", port, *arguments]
-        self.process = subprocess.Popen([str(part) for part in command], cwd=folder, stdout=subprocess.PIPE,
-                                        stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    def __init__(self, folder: Path, port: int = 0):
+        command = [sys.executable, str(ROOT / "paint.py"), "--no-browser", "--port", str(port)]
+        self.process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                                        env={**os.environ, "OMP_NUM_THREADS": "1"})
         line = self.process.stdout.readline()
         assert line.startswith("http://"), self.process.stderr.read()
         self.address = line.split()[0]
         self.port = int(self.address.rsplit(":", 1)[1])
 
-    def ask(self, method: str, path: str, body: bytes = b"", **headers) -> tuple[int, bytes]:
+    def ask(self, path: str, body: bytes = b"", **headers) -> tuple[int, bytes]:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
-        connection.request(method, path, body or None, {key.replace("_", "-"): value for key, value in headers.items()})
+        connection.request("POST" if body else "GET", path, body, {key.replace("_", "-"): headers[key] for key in headers})
         answer = connection.getresponse()
         content = answer.read()
         connection.close()
@@ -101,82 +105,94 @@ def label(folder) -> np.ndarray:
 
 @pytest.fixture
 def sample(folder, monkeypatch, tmp_path):
-    """sample("--seed", 5, ...): the pixels of the pictures that sample.py makes of the label map."""
-    def call(*arguments) -> list[bytes]:
+    """sample("--seed", 5, ...): the pictures that sample.py makes of the label map."""
+    def call(*arguments) -> list[np.ndarray]:
         out = Path(tempfile.mkdtemp(dir=tmp_path)) / "out"
         command = ["sample.py", "--labels", folder / "labels", "--out", out, *arguments]
         monkeypatch.setattr(sys, "argv", [str(part) for part in command])
         monkeypatch.chdir(folder)
         sample_script.main(sample_script.parse_arguments())
         paths = sorted(out.glob("*.png"), key=lambda path: int("0" + path.stem.removeprefix("painted").removeprefix("_")))
-        return [np.asarray(Image.open(path)).tobytes() for path in paths]
+        return [np.asarray(Image.open(path)) for path in paths]
     return call
 
 
 def test_pictures_are_those_of_sample_py(server, label, sample):
-    draw = lambda query: server.ask("POST", f"/draw?page=a&{query}", label.tobytes())
-    assert draw("seed=5") == (200, sample("--seed", 5)[0])
-    walk = sample("--seed", 5, "--interpolate", 21)
-    assert draw("seed=5&interpolate=21&number=13") == (200, walk[13])
-    classes = np.unique(label)[:2].tolist()
-    first, second = (sample("--seed", 5, "--num", 3, "--resample", c) for c in classes)
-    assert draw(f"seed=5&redraws={classes[0]}.2") == (200, first[2])
-    pixels = lambda picture: np.frombuffer(picture, np.uint8).reshape(32, 32, 3)
-    pasted = np.where((label == classes[1])[..., None], pixels(second[1]), pixels(first[2]))
-    assert draw(f"seed=5&redraws={classes[0]}.2,{classes[1]}.1") == (200, pasted.tobytes())
-    assert (pixels(first[2]) != pixels(sample("--seed", 5)[0]))[label == classes[0]].any()
+    def draw(query: str) -> np.ndarray:
+        status, picture = server.ask(f"/draw?page=a&seed=5&{query}", label.tobytes())
+        assert status == 200, picture
+        return pixels(picture)
+
+    plain, walk = sample("--seed", 5)[0], sample("--seed", 5, "--interpolate", 21)
+    assert np.array_equal(draw(""), plain) and np.array_equal(draw("walk=13"), walk[13])
+    c, d = np.unique(label)[:2].tolist()
+    first, second = (sample("--seed", 5, "--num", 3, "--resample", number) for number in (c, d))
+    assert np.array_equal(draw(f"redraws={c}.2"), first[2]) and (first[2] != plain)[label == c].any()
+    assert np.array_equal(draw(f"redraws={c}.2,{d}.1"), np.where((label == d)[..., None], second[1], first[2]))
+    both = sample("--seed", 5, "--num", 2, "--resample", c, "--interpolate", 21)  # the class redrawn, on the walk
+    assert len(both) == 2 * 21 and np.array_equal(draw(f"walk=13&redraws={c}.1"), both[21 + 13])
+    assert np.array_equal(both[21 + 13][label != c], walk[13][label != c])
+    assert (both[21 + 13] != walk[13])[label == c].any() and (both[13] != both[21 + 13])[label == c].any()
 
 
-def test_label_files_are_read_by_the_rules_of_sample_py(server, label, sample, folder, tmp_path):
+@pytest.mark.parametrize("generator, options", [
+    (OASIS, {"noise": "class"}), (OASIS, {"noise": "pixel"}), (SDM, {"steps": "10", "guidance": "2.0"}), (SDM, {})])
+def test_options_are_those_of_sample_py(generator, options, tmp_path, label, sample):
+    path, coarse = write_checkpoint(tmp_path / "latest.pt", generator=generator, diffusion={"steps": 8}), []
+    studio = Studio(*load_generator(path), None)
+    picture = studio.draw("a", label.tobytes(), {"seed": "2"} | options, coarse.append)
+    given = [part for option, value in options.items() for part in (f"--{option}", value)]
+    assert np.array_equal(pixels(picture), sample("--seed", 2, "--checkpoint", path, *given)[0])
+    assert len(coarse) == (int(options.get("steps", 8)) if generator is SDM else 0)
+    assert set(studio.describe()["choices"]) == ({"steps", "guidance"} if generator is SDM else {"noise"})
+    wrong = {"steps": "1", "noise": "pink"} if not options else options | {"walk": "3"} if generator is OASIS else {"guidance": "x"}
+    with pytest.raises(UserError):
+        studio.draw("a", label.tobytes(), wrong, coarse.append)
+
+
+def test_label_files_are_read_by_the_rules_of_sample_py(server, label, sample, tmp_path):
     def png(image: Image.Image) -> bytes:
         file = io.BytesIO()
         image.save(file, "PNG")
         return file.getvalue()
 
-    colors = np.array([color for _, color in scenes.CLASSES] + [(0, 0, 0)], np.uint8)
-    indexed = Image.fromarray(label)
-    indexed.putpalette(colors.flatten().tolist())
-    for image in (Image.fromarray(label), Image.fromarray(colors[label]), indexed,
+    for image in (Image.fromarray(label), Image.fromarray(COLORS[label]),
                   Image.fromarray(label).resize((96, 160), Image.Resampling.NEAREST)):
-        assert server.ask("POST", "/label?name=a.png", png(image)) == (200, label.tobytes())
+        assert server.ask("/label?name=a.png", png(image)) == (200, label.tobytes())
     wrong = tmp_path / "wrong.png"
     wrong.write_bytes(png(Image.fromarray(np.full((8, 8), 77, np.uint8))))
     with pytest.raises(UserError) as error:
         sample("--labels", tmp_path)
-    status, text = server.ask("POST", f"/label?name={wrong}", wrong.read_bytes())
-    assert (status, text.decode()) == (400, str(error.value)) and "77" in text.decode()
-    huge = png(Image.new("L", (5000, 5000)))
-    for body in (b"", b"no picture", png(indexed)[:100], huge):
-        status, text = server.ask("POST", "/label?name=a.png", body)
+    assert server.ask(f"/label?name={wrong}", wrong.read_bytes()) == (400, str(error.value).encode())
+    for body in (b"no picture", png(Image.fromarray(label))[:100], png(Image.new("L", (5000, 5000)))):
+        status, text = server.ask("/label?name=a.png", body)
         assert status == 400 and text.startswith(b"a.png: ") and b"\n" not in text
 
 
 def test_examples_are_those_of_the_data_set_or_the_folder(folder, server, label):
-    described = json.loads(server.ask("GET", "/model.json")[1])
-    assert described["examples"] == scenes.LENGTHS["val"] and described["photos"]
-    photo, drawn = scenes.render("val", 3, (32, 32))
-    assert server.ask("GET", "/example?index=3") == (200, drawn.tobytes())
-    assert server.ask("GET", "/photo?index=3") == (200, photo.tobytes())
+    described = json.loads(server.ask("/model.json")[1])
+    assert described["examples"] == 24 and described["photos"]
+    photo, drawn = scenes.render("val", 3 * scenes.LENGTHS["val"] // 24, (32, 32))
+    assert server.ask("/example/3") == (200, drawn.tobytes())
+    assert np.array_equal(pixels(server.ask("/photo/3")[1]), photo)
     studio = Studio(*load_generator(folder / "runs/tiny/checkpoints/latest.pt"), folder / "labels")
     assert studio.describe()["examples"] == 1 and studio.example(0)[0] == label.tobytes()
 
 
 def test_wrong_requests_get_a_sentence(server, label):
     body = label.tobytes()
-    wrong = [("GET", "/nothing", b"", {}), ("GET", "/../paint.py", b"", {}), ("GET", "/example?index=500", b"", {}),
-             ("GET", "/example?index=../1", b"", {}), ("GET", "/example", b"", {}), ("POST", "/", body, {}),
-             ("POST", "/draw", b"", {}), ("POST", "/draw", body[1:], {}), ("POST", "/draw", b"\xff" * len(body), {}),
-             ("POST", "/draw?seed=-1", body, {}), ("POST", "/draw?seed=9999999999999999999", body, {}),
-             ("POST", "/draw?number=1", body, {}), ("POST", "/draw?redraws=12.0", body, {}),
-             ("POST", "/draw?interpolate=x", body, {}), ("GET", "//[", b"", {}),
-             ("GET", "/", b"", {"Host": "evil.example"}), ("GET", "/", b"", {"Host": ""}), ("GET", "/", b"", {"Host": "[::1"}),
-             ("POST", "/draw", body, {"Origin": "http://evil.example"}), ("POST", "/draw", body, {"Origin": "null"}),
-             ("POST", "/draw", b"", {"Content-Length": str(10 ** 9)}), ("POST", "/draw", b"", {"Content-Length": "-1"})]
-    for method, path, content, headers in wrong:
-        status, text = server.ask(method, path, content, **headers)
-        assert 400 <= status < 500 and 10 < len(text) < 400 and b"Traceback" not in text, (method, path, headers, text)
+    wrong = [("/nothing", b"", {}), ("/../paint.py", b"", {}), ("/example/24", b"", {}), ("/example/../1", b"", {}),
+             ("/example/", b"", {}), ("/draw", b"", {}), ("/draw", body[1:], {}), ("/draw", b"\xff" * len(body), {}),
+             ("/draw?seed=-1", body, {}), ("/draw?seed=9999999999999999999", body, {}), ("/draw?walk=21", body, {}),
+             ("/draw?redraws=12.0", body, {}), ("//[", b"", {}),
+             ("/", b"", {"Host": "evil.example"}), ("/", b"", {"Host": ""}), ("/", b"", {"Host": "[::1"}),
+             ("/draw", body, {"Origin": "http://evil.example"}), ("/draw", body, {"Origin": "null"}),
+             ("/draw", b"", {"Content-Length": str(10 ** 9)}), ("/draw", b"", {"Content-Length": "-1"})]
+    for path, content, headers in wrong:
+        status, text = server.ask(path, content, **headers)
+        assert 400 <= status < 500 and 10 < len(text) < 400 and b"Traceback" not in text, (path, headers, text)
     address = {"Host": f"localhost:{server.port}", "Origin": f"http://localhost:{server.port}"}
-    assert server.ask("POST", "/draw", body, **address)[0] == 200
+    assert server.ask("/draw", body, **address)[0] == 200
 
 
 def test_many_quick_requests_leave_threads_and_memory_as_they_were(server, label):
@@ -186,7 +202,7 @@ def test_many_quick_requests_leave_threads_and_memory_as_they_were(server, label
 
     def many(tab: int) -> None:
         for i in range(100):
-            status, content = server.ask("POST", f"/draw?page=tab{tab}&seed={i}", label.tobytes())
+            status, content = server.ask(f"/draw?page=tab{tab}&seed={i}", label.tobytes())
             answers.append((status, len(content)))
 
     def run_all() -> None:
@@ -201,20 +217,8 @@ def test_many_quick_requests_leave_threads_and_memory_as_they_were(server, label
     run_all()
     before = state()
     run_all()
-    assert len(answers) == 2000 and {status for status, _ in answers} <= {200, 400}
-    assert (200, 32 * 32 * 3) in answers
-    assert state()[0] <= before[0] and state()[1] < before[1] + 30_000  # kB; a picture a request would be 3 MB
-
-
-def test_coarse_pictures_come_first_and_the_last_is_that_of_sample_py(tmp_path, label, sample):
-    path = write_checkpoint(tmp_path / "sdm.pt", generator=SDM, diffusion={"steps": 8})
-    studio = Studio(*load_generator(path), None)
-    assert studio.describe()["steps"] == 8 and set(studio.describe()["options"]) == {"steps", "guidance"}
-    queue = studio.submit("a", label.tobytes(), {"seed": "2", "steps": "4"})
-    pictures = list(iter(queue.get, None))
-    assert len(pictures) > 1 and pictures[-1] == sample("--seed", 2, "--steps", 4, "--checkpoint", path)[0]
-    with pytest.raises(UserError, match="steps"):
-        studio.submit("a", label.tobytes(), {"steps": "1"})
+    assert len(answers) == 2000 and {status for status, _ in answers} <= {200, 400} and (200, 32 * 32 * 4) in answers
+    assert state()[0] <= before[0] and state()[1] < before[1] + 30_000  # kB; a picture a request would be 4 MB
 
 
 class Slow(System):
@@ -241,15 +245,17 @@ class Layer(nn.Module):
 def test_a_newer_request_of_a_page_ends_its_older_one():
     settings = check_settings({"data": {"size": [4, 4]}}, "test")
     state = {**label_state(label_format(settings.data)), "step": 0}
-    studio, body = Studio(Slow(settings, 12), Layer(), state, None), bytes(16)
+    studio, pool = Studio(Slow(settings, 12), Layer(), state, None), ThreadPoolExecutor(3)
+    draw = lambda page, seed: studio.draw(page, bytes(16), {"seed": str(seed)}, lambda picture: None)
     started = time.perf_counter()
-    older = [studio.submit("a", body, {"seed": "1"}) for _ in range(5)]
+    older = pool.submit(draw, "a", 1)
     time.sleep(0.2)
-    newest, other = studio.submit("a", body, {"seed": "2"}), studio.submit("b", body, {"seed": "3"})
-    assert [queue.get(timeout=5) for queue in older] == [None] * 5
-    assert time.perf_counter() - started < 1  # the first was begun, and ended in the middle
-    assert newest.get(timeout=5) == bytes([2]) * 48 and newest.get(timeout=5) is None
-    assert other.get(timeout=5) == bytes([3]) * 48
+    newest, other = pool.submit(draw, "a", 2), pool.submit(draw, "b", 3)
+    with pytest.raises(UserError, match="newer"):
+        older.result(timeout=5)
+    assert time.perf_counter() - started < 1  # it was begun, and ended in the middle
+    assert newest.result(timeout=5) == bytes([2, 2, 2, 255]) * 16
+    assert other.result(timeout=5) == bytes([3, 3, 3, 255]) * 16
 
 
 def test_without_a_model_or_label_maps_it_says_what_to_do(folder, tmp_path, monkeypatch):
@@ -264,20 +270,16 @@ def test_without_a_model_or_label_maps_it_says_what_to_do(folder, tmp_path, monk
 
 # The page in a browser, with a server and without.
 
+ENTER, SHIFT, CONTROL = "\ue007", "\ue008", "\ue009"
 RUNTIME = Path(os.environ.get("ONNXRUNTIME_WEB", ROOT / "package"))  # npm pack onnxruntime-web && tar xf ...
 
 
 @pytest.fixture(scope="module")
 def static(folder):
     """The address of an exported folder behind a plain web server."""
-    pytest.importorskip("onnxruntime")
-    if not (RUNTIME / "dist").is_dir():
-        pytest.skip(f"no onnxruntime-web at {RUNTIME}; npm pack onnxruntime-web && tar xf onnxruntime-web-*.tgz")
     import export
     export.main(Namespace(checkpoint=folder / "runs/tiny/checkpoints/latest.pt", config=None, out=folder / "page", runtime=RUNTIME))
-    handler = partial(SimpleHTTPRequestHandler, directory=folder / "page")
-    handler.log_message = lambda *_: None
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=folder / "page"))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_address[1]}"
     server.shutdown()
@@ -285,7 +287,7 @@ def static(folder):
 
 @pytest.fixture(scope="module")
 def driver(tmp_path_factory):
-    webdriver = pytest.importorskip("selenium.webdriver")
+    from selenium import webdriver
     downloads = tmp_path_factory.mktemp("downloads")
     options = webdriver.ChromeOptions()
     for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1280,720"):
@@ -307,8 +309,8 @@ class Page:
         driver.get(address)
         self.settle()
 
-    def js(self, expression: str, *given):
-        return self.driver.execute_script(f"return {expression}", *given)
+    def js(self, expression: str):
+        return self.driver.execute_script(f"return {expression}")
 
     def until(self, condition: str) -> None:
         end = time.monotonic() + 60
@@ -317,13 +319,14 @@ class Page:
             time.sleep(0.02)
 
     def settle(self) -> None:
-        self.until("wanted > 0 && drawn === wanted && drawing === null && !queue.length")
+        self.until("wanted > 0 && drawn === wanted && job === null && !queue.length")
 
     def said(self) -> str:
         return self.driver.find_element("id", "status").text
 
-    def click(self, name: str) -> None:
-        self.driver.find_element("id", name).click()
+    def click(self, *names: str) -> None:
+        for name in names:
+            self.driver.find_element("id", name).click()
 
     def keys(self, *keys: str) -> None:
         from selenium.webdriver.common.action_chains import ActionChains
@@ -332,30 +335,36 @@ class Page:
     def choose(self, name: str) -> None:
         self.driver.find_element("css selector", f"#classes [title='{name}']").click()
 
-    def drag(self, *points: tuple[int, int], shift: bool = False) -> None:
-        """Mouse down at the first pixel, over the others, up at the last."""
+    def drag(self, *points: tuple[int, int], key: str = "") -> None:
+        """Mouse down at the first pixel, over the others, up at the last, with a key held."""
         from selenium.webdriver.common.action_chains import ActionChains
-        from selenium.webdriver.common.keys import Keys
-        left, top, scale = self.js("[$('map').getBoundingClientRect()].map(box => [box.left, box.top, box.width / W])[0]")
+        x0, y0, scale = self.js("""[$('map').getBoundingClientRect()].map(box => [Math.min(box.width, box.height), box])
+            .map(([side, box]) => [box.x + (box.width - side) / 2, box.y + (box.height - side) / 2, side / W])[0]""")
+        if key:
+            ActionChains(self.driver).key_down(key).perform()
         actions = ActionChains(self.driver, duration=10)
-        if shift:
-            actions.key_down(Keys.SHIFT).perform()
-        pointer = actions.w3c_actions.pointer_action
         for i, (x, y) in enumerate(points):
-            pointer.move_to_location(round(left + (x + 0.5) * scale), round(top + (y + 0.5) * scale))
+            actions.w3c_actions.pointer_action.move_to_location(round(x0 + (x + 0.5) * scale), round(y0 + (y + 0.5) * scale))
             if i == 0:
-                pointer.pointer_down()
-        pointer.pointer_up()
+                actions.w3c_actions.pointer_action.pointer_down()
+        actions.w3c_actions.pointer_action.pointer_up()
         actions.perform()
-        if shift:
-            ActionChains(self.driver).key_up(Keys.SHIFT).perform()
+        if key:
+            ActionChains(self.driver).key_up(key).perform()
 
     def map(self) -> np.ndarray:
         return np.array(self.js("[...map]"), np.uint8).reshape(32, 32)
 
+    def names(self) -> list[str]:
+        return self.js("[...document.querySelectorAll('#classes span')].map(row => row.textContent)")
+
     def picture(self) -> np.ndarray:
         self.settle()
-        return np.array(self.js("[...picture]"), np.uint8).reshape(32, 32, 3)
+        return pixels(bytes(self.js("[...picture]")))
+
+    def open(self, path: Path, then: str) -> None:
+        self.driver.find_element("id", "open").send_keys(str(path))
+        self.until(then)
 
     def download(self, button: str, name: str) -> Path:
         path = self.driver.downloads / name
@@ -392,7 +401,7 @@ def test_painting_with_the_mouse(page):
     assert np.array_equal(page.map(), expected)
     page.choose("road")
     page.keys("b", *"[" * 40)
-    page.drag((2, 2), (12, 7), (2, 12), shift=True)  # straight from start to end
+    page.drag((2, 2), (12, 7), (2, 12), key=SHIFT)  # straight from start to end
     expected[2:13, 2] = class_of("road")
     assert np.array_equal(page.map(), expected)
     page.choose("tree")
@@ -401,34 +410,25 @@ def test_painting_with_the_mouse(page):
     y, x = np.ogrid[:32, :32]
     expected[(x - 10) ** 2 + (y - 20) ** 2 <= 2.5 ** 2] = class_of("tree")
     assert np.array_equal(page.map(), expected)
-    painted = page.map()
-    page.keys(*"[" * 4)
-    for i in range(60):  # a pixel each
-        page.drag((i % 32, 30 + i // 32))
-    last = page.map()
-    for _ in range(60):
-        page.click("undo")
-    assert np.array_equal(page.map(), painted)
-    for _ in range(60):
-        page.click("redo")
-    assert np.array_equal(page.map(), last)
+    assert set(page.names()[:4]) == {"grass", "road", "building", "tree"} and len(page.names()) == 13
     page.keys("p")
     page.drag((24, 12))
-    assert page.js("current") == class_of("building")
-    names = page.js("[...document.querySelectorAll('#classes span')].map(row => row.textContent)")
-    assert set(names[:4]) == {"grass", "road", "building", "tree"} and len(names) == 13
-
-
-@pytest.mark.browser
-def test_searching_for_a_class(page):
+    assert page.js("name(current)") == "building"
     page.keys("/", "per")
-    assert page.js("[...document.querySelectorAll('#classes span')].map(row => row.textContent)") == ["person"]
-    page.keys("\ue007")  # Enter
-    assert page.js("name(current)") == "person" and page.js("document.querySelectorAll('#classes button').length") == 13
+    assert page.names() == ["person"]
+    page.keys(ENTER)
+    assert page.js("name(current)") == "person" and len(page.names()) == 13
+    page.js("[...Array(60).keys()].forEach(i => { choose(i % 12); actions.clear(); })")
+    page.keys(CONTROL, *"z" * 60)
+    assert np.array_equal(page.map(), expected)
+    page.keys(CONTROL, *"y" * 60)
+    assert (page.map() == 59 % 12).all() and page.js("$('redo').disabled")
+    page.click("undo")
+    assert (page.map() == 58 % 12).all()
 
 
 @pytest.mark.browser
-def test_redrawing_a_class_keeps_the_rest(page):
+def test_noise_of_a_class_of_the_walk_and_of_variations(page):
     page.choose("grass")
     page.click("clear")
     page.choose("sky")
@@ -442,54 +442,60 @@ def test_redrawing_a_class_keeps_the_rest(page):
     page.click("redraw")
     both = page.picture()
     assert np.array_equal(both[sky], after[sky]) and (both[~sky] != after[~sky]).any()
-    page.click("another")
-    assert (page.picture() != both).any() and page.js("noise") == {"seed": 1, "walk": 0, "redraws": {}}
-
-
-@pytest.mark.browser
-def test_variations_and_the_walk_between_noises(page):
+    page.js("($('walk').value = 10, $('walk').oninput())")
+    middle = page.picture()
+    assert page.js("noise") == {"seed": 0, "walk": 10, "redraws": {"0": 0, "2": 0}}
+    page.choose("sky")
+    page.click("redraw")  # on the walk
+    again = page.picture()
+    assert np.array_equal(again[~sky], middle[~sky]) and (again[sky] != middle[sky]).any()
     page.click("six")
     page.settle()
     assert page.js("$('variations').children.length") == 6 and page.js("noise.seed") == 0
     page.js("$('variations').children[3].click()")
-    picture = page.picture()
-    assert page.js("noise.seed") == 4
-    page.js("($('walk').value = 10, $('walk').oninput())")
-    middle = page.picture()
-    page.js("($('walk').value = 0, $('walk').oninput())")
-    assert np.array_equal(page.picture(), picture) and (middle != picture).any()
+    assert (page.picture() != again).any() and page.js("noise") == {"seed": 4, "walk": 0, "redraws": {}}
 
 
 @pytest.mark.browser
 def test_what_is_saved_comes_back(page, sample):
     page.choose("tree")
     page.drag((5, 5), (20, 25))
-    page.click("another")
-    page.click("redraw")
+    page.click("another", "redraw")
     labels, picture = page.map(), page.picture()
-    colors = np.array([color for _, color in scenes.CLASSES] + [(0, 0, 0)], np.uint8)
     saved = page.download("saveMap", "painted.png")
-    assert np.array_equal(np.asarray(Image.open(saved)), colors[labels])
-    assert np.array_equal(np.asarray(Image.open(page.download("savePicture", "painted_picture.png"))), picture)
-    both = np.asarray(Image.open(page.download("saveBoth", "painted_both.png")))
-    assert np.array_equal(both, np.concatenate([colors[labels], picture], axis=1))
+    load = lambda path: np.asarray(Image.open(path).convert("RGB"))
+    assert np.array_equal(load(saved), COLORS[labels])
+    assert np.array_equal(load(page.download("savePicture", "painted_picture.png")), picture)
+    both = load(page.download("saveBoth", "painted_both.png"))
+    assert np.array_equal(both, np.concatenate([COLORS[labels], picture], axis=1))
     if page.js("model.server"):
         folder = Path(tempfile.mkdtemp(dir=saved.parent))
         shutil.copy(saved, folder)
-        assert sample("--labels", folder, "--seed", 1, "--resample", "tree") == [picture.tobytes()]
+        assert np.array_equal(sample("--labels", folder, "--seed", 1, "--resample", "tree")[0], picture)
     time.sleep(0.5)  # the link follows a moment later
-    link = page.js("location.href")
-    again = Page(page.driver, link)
+    again = Page(page.driver, page.js("location.href"))
     assert np.array_equal(again.map(), labels) and np.array_equal(again.picture(), picture)
     again.click("clear")
-    again.driver.find_element("id", "open").send_keys(str(saved))
-    again.until("new Set(map).size > 1")
+    again.open(saved, "new Set(map).size > 1")
     assert np.array_equal(again.map(), labels)
     wrong = saved.parent / "wrong.png"
     Image.fromarray(np.full((8, 8, 3), (1, 2, 3), np.uint8)).save(wrong)
-    again.driver.find_element("id", "open").send_keys(str(wrong))
-    again.until("$('status').className === 'wrong'")
+    again.open(wrong, "$('status').className === 'wrong'")
     assert again.said().startswith("wrong.png: ") and np.array_equal(again.map(), labels)
+
+
+@pytest.mark.browser
+def test_options_of_the_model(tmp_path, driver):
+    """OASIS's local noise: no walk, no redraw."""
+    write_checkpoint(tmp_path / "runs/oasis/checkpoints/latest.pt", generator=OASIS)
+    server = Server(tmp_path)
+    page = Page(driver, server.address)
+    image = page.picture()
+    driver.find_element("css selector", "#noise [value=pixel]").click()
+    assert (page.picture() != image).any() and not driver.find_element("id", "redraw").is_enabled()
+    driver.find_element("css selector", "#noise [value=image]").click()
+    assert np.array_equal(page.picture(), image) and driver.find_element("id", "walk").is_enabled()
+    assert server.end() == ""
 
 
 @pytest.mark.browser
