@@ -126,8 +126,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--num", type=int, default=1, metavar="K", help="samples a label map: NAME_0.png ...")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--grid", action="store_true", help="write grid.png too: a row a label map, its colors and samples")
-    parser.add_argument("--resample", metavar="CLASS", help="redraw only what this class shows; the rest is as without it, or as with --interpolate")
-    parser.add_argument("--interpolate", type=int, default=0, metavar="N", help="N images from one noise to another")
+    parser.add_argument("--resample", metavar="CLASS", help="redraw only what this class shows; the rest is as without it")
+    parser.add_argument("--interpolate", type=int, default=0, metavar="N",
+                        help="N images from one noise to another; with --resample the class is redrawn in each")
     parser.add_argument("--config", type=Path, metavar="FILE", help="configuration of an official checkpoint")
     parser.add_argument("--noise", choices=("image", "class", "pixel"), default="image",
                         help="OASIS: one noise vector for the image, for each class in it, or for each pixel")
