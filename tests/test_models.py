@@ -1,10 +1,13 @@
 import pytest
 import torch
+import torch.nn.functional as F
 
 from backbones import Backbone
 from models import Discriminator, Generator
 
 SMALL = dict(channels=(8, 16, 16), z_dim=8, style_dim=16, num_tokens=4, attention_scales=1)
+TRANSFORMERS = ["vit_small_patch14_dinov2", "vit_small_patch16_dinov3", "vit_xsmall_patch16_clip_224",
+                "vit_base_patch16_siglip_224", "eva02_tiny_patch14_224", "vit_tiny_patch16_224"]
 
 
 @pytest.fixture(scope="module")
@@ -66,12 +69,33 @@ def test_region_wise_noise():
 
 
 @pytest.mark.parametrize("name, input_scale", [("tf_efficientnet_lite0", 1.0), ("resnet18", 2.0), ("convnext_atto", 1.0),
-                                               ("swin_tiny_patch4_window7_224", 1.0)])
+                                               ("swin_tiny_patch4_window7_224", 1.0), (TRANSFORMERS[0], 1.0)])
 def test_discriminator_on_each_kind_of_backbone(name, input_scale):
     backbone = Backbone(name, pretrained=False, input_scale=input_scale)
     discriminator = Discriminator(5, backbone.channels, channels=4)
     image = torch.rand(1, 3, 64, 96) * 2 - 1
     assert discriminator(image, backbone(image)).shape == (1, 6, 64, 96)
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_plain_transformers_give_four_scales(name):
+    """Four blocks of timm's own network, evenly spaced, at strides 4 to 32; sides that no patch divides are resized."""
+    backbone = Backbone(name, pretrained=False, conditioning="none")
+    patch = backbone.network.patch_embed.patch_size[0]
+    seen = {}
+    for i, block in enumerate(backbone.network.blocks):
+        block.register_forward_hook(lambda _, __, out, i=i: seen.__setitem__(i, out))
+    image = (torch.rand(1, 3, 64, 80) * 2 - 1).requires_grad_()
+    features = backbone(image)
+    assert backbone.strides == [4, 8, 16, 32]
+    assert [tuple(f.shape[2:]) for f in features] == [(16, 20), (8, 10), (4, 5), (2, 3)]
+    rows, columns = -(-64 // patch), -(-80 // patch)
+    for block, feature in zip({12: (2, 5, 8, 11), 10: (1, 4, 6, 9)}[len(seen)], features):
+        tokens = seen[block][:, -rows * columns:].mT.reshape(1, -1, rows, columns)
+        expected = F.interpolate(tokens, feature.shape[2:], mode="bilinear", antialias=True)
+        assert torch.allclose(feature, expected, atol=1e-4)
+    sum(f.square().sum() for f in features).backward()
+    assert image.grad.abs().max() > 0 and all(p.grad is None for p in backbone.network.parameters())
 
 
 def test_backbone_weights_are_the_packages(backbone):
@@ -117,7 +141,7 @@ def test_conditioning_modes():
     assert not torch.allclose(modes["none"], modes["normalize"])
 
 
-@pytest.mark.parametrize("name", ["tf_efficientnet_lite0", "convnext_atto", "swin_tiny_patch4_window7_224"])
+@pytest.mark.parametrize("name", ["tf_efficientnet_lite0", "convnext_atto", "swin_tiny_patch4_window7_224", *TRANSFORMERS[:1]])
 def test_bfloat16_weights_give_nearly_the_same_features(name):
     """Half the bytes in convolutions and linear layers, and no further from float32 than PyTorch's own autocast of it, which
     rounds at the same places; the gradient with respect to the image stays float32."""
