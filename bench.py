@@ -148,13 +148,11 @@ def published_sdm(folder: Path) -> Callable:
     return lambda: chain.p_sample(network, noisy, t, model_kwargs={"y": one_hot, "s": 1.5})
 
 
-def our_step(config: str) -> Callable:
-    return training_step(system_of(load_settings(HERE / config, ["train.batch_size=1"])))
-
-
-def our_sample(config: str) -> Callable:
-    """What an image by one of our systems takes, in float32; of a diffusion chain, one step."""
-    system, calls = system_of(load_settings(HERE / config)), []
+def ours(config: str, training: bool) -> Callable:
+    """A training step of one image, or in float32 a sample (of a diffusion chain one step), by one of our systems."""
+    system, calls = system_of(load_settings(HERE / config, ["train.batch_size=1"])), []
+    if training:
+        return training_step(system)
     generator = system.build().to(DEVICE, memory_format=torch.channels_last).eval().requires_grad_(False)
     system.cost(lambda call: calls.append(call) or 0, generator, drawn_maps(1, 150, (256, 256)).long())
     return calls[-1]
@@ -202,12 +200,12 @@ def main() -> None:
         for what in next(iter(rows.values())):
             show(what, {name: row[what] for name, row in rows.items()})
     elif (folder / "guided_diffusion").is_dir():
-        race("step of a sample", {"published": (published_sdm, folder), "ours": (our_sample, "configs/sdm_ade20k.yaml")}, 2)
+        race("step of a sample", {"published": (published_sdm, folder), "ours": (ours, "configs/sdm_ade20k.yaml", False)}, 2)
     elif (folder / "models/models.py").is_file():
-        race("sample", {"published": (published_oasis, folder, False), "ours": (our_sample, "configs/oasis_ade20k.yaml"),
-                        "DP-SIMS": (our_sample, "configs/ade20k.yaml")}, 3)
+        race("sample", {"published": (published_oasis, folder, False), "ours": (ours, "configs/oasis_ade20k.yaml", False),
+                        "DP-SIMS": (ours, "configs/ade20k.yaml", False)}, 3)
         race("training step", {"published": (published_oasis, folder, True),
-                               "ours": (our_step, "configs/oasis_ade20k.yaml")}, 2)
+                               "ours": (ours, "configs/oasis_ade20k.yaml", True)}, 2)
     else:
         raise UserError(f"{folder}: no models/models.py and no guided_diffusion; give the folder of a clone of "
                         f"github.com/boschresearch/OASIS or github.com/WeilunWang/semantic-diffusion-model")

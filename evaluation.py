@@ -36,8 +36,8 @@ def metric_names(settings: EvalSettings) -> list[str]:
     """The metrics that can pick the best checkpoint, given these judges; the distances first, that of samples last."""
     network = settings.features
     distances = ["fid", "kid"] if network == "inception" else [f"fd_{network}", f"kid_{network}"]
-    judge = "lpips" if settings.diversity_network.startswith("lpips") else settings.diversity_network
-    diversity = [*VIEWS, f"{judge}_diversity"] if settings.diversity_samples > 1 else []
+    perceptual = "lpips" if settings.diversity_network.startswith("lpips") else settings.diversity_network
+    diversity = [*VIEWS, f"{perceptual}_diversity"] if settings.diversity_samples > 1 else []
     return [*distances, "miou", "pixel_accuracy", "color_error", *diversity]
 
 

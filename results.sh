@@ -54,7 +54,10 @@ section_3() {
 
 section_4() { python compare.py --run configs/ablation.yaml --out results/4; }
 
-section_5() { OMP_NUM_THREADS=2 once 5/cost.txt python bench.py --cost; }
+section_5() {
+  OMP_NUM_THREADS=2 once 5/cost.txt python bench.py --steps 0 --config configs/ade20k.yaml --config configs/oasis_ade20k.yaml \
+    --config configs/sdm_ade20k.yaml
+}
 
 section_6() {
   clone boschresearch/OASIS

@@ -1,4 +1,4 @@
-"""evaluate.py from the command line: a checkpoint, folders of images, and what it refuses."""
+"""evaluate.py on folders of images, and what it refuses; on checkpoints see test_systems.py and test_denoising.py."""
 
 import json
 import shutil
@@ -8,7 +8,7 @@ from argparse import Namespace
 import pytest
 import torch
 import yaml
-from conftest import TINY, error_line
+from conftest import TINY
 from PIL import Image
 
 from config import UserError
@@ -41,20 +41,7 @@ def test_real_images_against_themselves(folders, run):
     assert "miou" in result.stdout and "class 2" in result.stdout
 
 
-def test_checkpoint(tiny_config, train, run, tmp_path):
-    train(tiny_config, "eval.features=stlpips_alex", "eval.metric=fd_stlpips_alex", "eval.segmenter_steps=2",
-          "train.steps=1")
-    checkpoint = tmp_path / "runs" / "tiny" / "checkpoints" / "latest.pt"
-    result = run("evaluate.py", "--checkpoint", checkpoint, "eval.num_images=5", "eval.diversity_samples=3", "eval.rough=edges")
-    assert result.returncode == 0, result.stderr
-    metrics = json.loads((tmp_path / "metrics.json").read_text())
-    assert metrics["num_images"] == 5 and metrics["stlpips_alex_diversity"] >= 0
-    assert metrics["protocol"]["diversity"]["samples"] == 3 and metrics["protocol"]["source"]["step"] == 1
-    assert metrics["diversity_detail"] >= 0 and metrics["protocol"]["rough"] == "edges"
-
-
-def test_refuses_in_one_line(run, monkeypatch):
-    assert "no such checkpoint" in error_line(run("evaluate.py", "--checkpoint", "absent.pt"))
+def test_what_is_missing_on_the_command_line(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["evaluate.py", "--images", "here"])
     with pytest.raises(UserError, match="either --checkpoint"):
         main()
