@@ -120,8 +120,8 @@ def open_image(path: str | Path, content: bytes | None = None) -> Iterator[Image
 
     content: what is in the file, where `path` is only its name.
     """
+    source = str(path) if content is None else io.BytesIO(content)
     try:
-        source = path if content is None else io.BytesIO(content)
         with Image.open(source, formats=("PNG", "JPEG", "WEBP", "BMP", "TIFF")) as image:  # others (EPS) are programs
             yield image
     except UserError:
@@ -129,7 +129,7 @@ def open_image(path: str | Path, content: bytes | None = None) -> Iterator[Image
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except Exception as error:  # Pillow raises many kinds of errors on damaged files
-        reason = (str(error).splitlines() or [type(error).__name__])[0].replace(f" '{path}'", "")[:120]
+        reason = (str(error).splitlines() or [type(error).__name__])[0].replace(f" {source!r}", "")[:120]
         raise UserError(f"{path}: damaged, cut short or no image ({reason}); replace or remove it") from None
 
 

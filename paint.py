@@ -21,6 +21,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qsl, urlsplit
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -77,11 +78,11 @@ class Studio:
 
         Returns H * W RGBA pixels. Raises UserError for a wrong request, and if the page asks for another picture meanwhile.
         """
-        (height, width), classes = self.size, self.system.num_classes
-        if len(body) != height * width or max(body) > classes:
+        (height, width), classes, labels = self.size, self.system.num_classes, np.frombuffer(body, np.uint8)
+        if labels.size != height * width or labels.max() > classes:
             raise UserError(f"{len(body)} bytes; a label map of this model is {height * width}, {height} rows of "
                             f"{width} classes from 0 to {classes}: reload the page")
-        label_map = torch.frombuffer(bytearray(body), dtype=torch.uint8).view(1, height, width).to(self.device).long()
+        label_map = torch.tensor(labels, device=self.device).view(1, height, width).long()
         seed, walk = whole(given.get("seed", "0"), 2 ** 63), whole(given.get("walk", "0"), WALK)
         redraws = re.findall(r"(\d+)\.(\d+)", given.get("redraws", ""))
         redraws = [(whole(c, classes), whole(k, 1000)) for c, k in redraws]
