@@ -61,7 +61,8 @@ class Server:
     def __init__(self, folder: Path, port: int = 0):
         command = [sys.executable, str(ROOT / "paint.py"), "--no-browser", "--port", str(port)]
         self.process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                                        env={**os.environ, "OMP_NUM_THREADS": "1"})
+                                        env={**os.environ, "OMP_NUM_THREADS": "1"},  # in the background it is ignored:
+                                        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
         line = self.process.stdout.readline()
         assert line.startswith("http://"), self.process.stderr.read()
         self.address = line.split()[0]
