@@ -74,6 +74,14 @@ section_7() {
 
 section_8() { once 8/tests.txt python -m pytest -m slow -s; }
 
-for section in ${*:-1 2 3 4 5 6 7 8}; do
+section_9() {
+  python train.py --config configs/camvid128.yaml --resume
+  python compare.py runs/camvid128 --out results/9
+  for kind in downsample edges random; do
+    once 9/$kind.txt python evaluate.py --checkpoint runs/camvid128/checkpoints/best.pt eval.rough=$kind --out results/9/$kind.json
+  done
+}
+
+for section in ${*:-1 2 3 4 5 6 7 8 9}; do
   "section_$section"
 done
