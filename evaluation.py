@@ -27,7 +27,7 @@ from interface import sample_seed
 from judges import FeatureNetwork, PerceptualNetwork
 from losses import diversity_distances
 
-CACHE_VERSION = 2  # raise it when what is kept of the real images changes
+CACHE_VERSION = 3  # raise it when what is kept of the real images changes
 PACKAGES = ("torch", "torchvision", "numpy", "pillow", "timm", "lpips", "stlpips-pytorch", "pytorch-fid")
 VIEWS = ("diversity_brightness", "diversity_color", "diversity_detail")
 
@@ -84,6 +84,14 @@ def view_distances(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     return diversity_distances(first, second, torch.ones_like(first[:, :1])).cpu()
 
 
+def real_view_distances(dataset: LabeledImages, indices: list[int], most: int = 128) -> torch.Tensor:
+    """`view_distances` (N, 3) of pairs of real images half the evaluated ones apart, as neighbors may be frames of a video."""
+    half = len(indices) // 2
+    first, second = (torch.stack([dataset[indices[place + away]][0] for place in evenly_spaced(half, most)])
+                     for away in (0, half))
+    return view_distances(first, second)
+
+
 def cache_file(folder: str | Path, kind: str, version: int, dataset: LabeledImages, indices: list[int], *key) -> Path:
     """The file of a cache for what follows from the pairs `indices` of a data set and `key` alone: plain values.
 
@@ -126,19 +134,15 @@ def evaluate_generator(generate: Callable[..., torch.Tensor], dataset: LabeledIm
 
     start, end = (r * len(indices) // world_size for r in (rank, rank + 1))
     batches = [indices[i:min(i + given.batch_size, end)] for i in range(start, end, given.batch_size)]
-    before = [dataset[index][0] for index in indices[:start][-1:]]  # the real image ahead of a batch
     loader = DataLoader(dataset, batch_sampler=batches, num_workers=settings.data.workers,
                         worker_init_fn=leave_signals_to_parent)
     loader = tqdm(loader, desc="evaluate", unit="batch", disable=rank != 0, leave=False)
-    fake = real = {"features": [], "confusion": 0, "colors": 0, "views": []}
-    distances = []
+    real = {"features": [], "confusion": 0, "colors": 0}
+    fake, distances = real | {"views": []}, []
     for (images, labels, *instances), places in zip(loader, batches):
         labels, instances = labels.to(device).long(), [ids.to(device) for ids in instances]
         if not cached:
-            chain = torch.stack([*before, *images]).to(device)
-            judged = judge(images.to(device), labels, network, segmenter, num_classes)
-            real = add_up([real, judged | {"views": [view_distances(chain[:-1], chain[1:])]}])
-            before = [images[-1]]
+            real = add_up([real, judge(images.to(device), labels, network, segmenter, num_classes)])
         seeds, maps = [sample_seed(settings.seed, index) for index in places], labels
         if given.rough != "none":
             maps = torch.stack([roughen(label_map, given.rough, num_classes, s) for label_map, s in zip(labels, seeds)])
@@ -160,6 +164,7 @@ def evaluate_generator(generate: Callable[..., torch.Tensor], dataset: LabeledIm
     else:
         real = add_up(gather(real))
         if rank == 0:
+            real["views"] = [real_view_distances(dataset, indices)]
             save_checkpoint(real | {"features": [torch.cat(real["features"])]}, cache)
     result = from_first_process(lambda: figures(fake, real, distances, dataset.class_names, given))
     return result | {"protocol": {

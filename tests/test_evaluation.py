@@ -100,7 +100,7 @@ def test_diversity_in_brightness_color_and_detail_equals_numpy(tmp_path):
     metrics = measure(tmp_path, batch_size=3)
     assert "rough" not in metrics["protocol"]
     real = [DATASET[index][0] for index in INDICES]
-    between_real = np.mean([distances_in_numpy(pair) for pair in zip(real, real[1:])], axis=0)
+    between_real = np.mean([distances_in_numpy(pair) for pair in zip(real[:5], real[5:])], axis=0)
     between_samples = []
     for index in (0, 150, 300):  # 3 of the 10
         samples = [painted(DATASET[index][1][None].long(), [sample_seed(5, index)], k)[0] for k in range(3)]
