@@ -277,7 +277,7 @@ def check_settings(given: dict, source: str, model: type[BaseModel] = Settings, 
     inside = section and isinstance(section.default, Section)
     path = [str(part)[:100] for part in first["loc"][: 2 if inside else 1]]  # behind it: a place in a value
     name, reason = prefix + ".".join(path), first["msg"].removeprefix("Value error, ")
-    if first["type"] == "extra_forbidden":
+    if first["type"] in ("extra_forbidden", "invalid_key"):  # the latter is no text, such as 5 or true
         known = type(section.default).model_fields if inside else model.model_fields
         siblings = [prefix + ".".join([*path[:-1], field]) for field in known]
         near = difflib.get_close_matches(name, siblings, n=1, cutoff=0) or siblings

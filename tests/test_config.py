@@ -85,3 +85,9 @@ def test_an_error_of_a_library_keeps_its_traceback(run, tmp_path):
         script = f"from config import UserError, run_script\ndef main():\n    {statement}\nrun_script(main)"
         done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 1 and done.stderr.startswith(shown), done.stderr
+
+
+@pytest.mark.parametrize("given, named", [({5: 1}, "5"), ({"data": {None: 1}}, "data.None")])
+def test_a_key_that_is_no_text_is_unknown(given, named):
+    with pytest.raises(UserError, match=f"^mine.yaml: unknown key {named}; did you mean "):
+        check_settings(given, "mine.yaml")
