@@ -231,6 +231,8 @@ class GAN(Trainer):
 
     def _roughened(self, label_map: Tensor, step: int, samples: list[int]) -> Tensor:
         """What the generator gets: a share of the label maps (B, H, W) is roughened, each in one of the ways at random."""
+        if not self.loss.rough:
+            return label_map
         given = []
         for one, s in zip(label_map, samples):
             rng = np.random.default_rng((self.seed, step, s, 5))

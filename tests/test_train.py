@@ -142,7 +142,7 @@ def test_a_process_that_never_comes_ends_the_wait(run, tiny_config, monkeypatch)
     for name, value in {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29876}.items():
         monkeypatch.setenv(name, str(value))
     line = error_line(run("train.py", "--config", tiny_config, "train.timeout=0.02"))
-    assert line.startswith("error: process 0 waited 0.02 minutes (train.timeout) for all 2 processes")
+    assert line.startswith("error: process 0 did not meet all 2 processes within 0.02 minutes (train.timeout): ")
 
 
 def test_a_run_has_one_training(train, tiny_config, tmp_path):
