@@ -36,8 +36,8 @@ def setup_distributed(minutes: float = 30) -> tuple[int, int, torch.device]:
         dist.init_process_group("cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=minutes))
     except RuntimeError as error:  # of the store, or of the backend
         raise UserError(f"process {os.environ['RANK']} did not meet all {os.environ['WORLD_SIZE']} processes within "
-                        f"{minutes:g} minutes (train.timeout): {str(error).splitlines()[0][:120]}; see that each is started and "
-                        f"reaches {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}, then start anew") from error
+                        f"{minutes:g} minutes (train.timeout): {str(error).splitlines()[0][:120]}; see that each is started "
+                        f"and reaches {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}, then start anew") from error
     return dist.get_rank(), dist.get_world_size(), device
 
 
