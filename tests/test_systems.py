@@ -119,7 +119,7 @@ def test_a_fourth_system_is_a_file_and_a_line(train, tmp_path, monkeypatch):
     evaluate.main()
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["color_error"] < 30 and metrics["num_images"] == 8  # noise would be near 64
-    with pytest.raises(UserError, match="generator.name is 'toys'; there are dp_sims, oasis, sdm, toy"):
+    with pytest.raises(UserError, match=f"generator.name is 'toys'; there are {', '.join(systems.SYSTEMS)}$"):
         train(file, "name=other", "generator.name=toys")
 
 
