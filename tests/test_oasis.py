@@ -158,7 +158,9 @@ def test_first_weights_are_xavier_normal_of_the_gain():
                 assert parameter.std().item() == pytest.approx(0.5 * (2 / fans) ** 0.5, rel=0.03), name
 
 
-def test_the_file_of_another_network_is_refused(networks):
+def test_what_does_not_fit_is_refused(networks):
+    with pytest.raises(ValueError, match="channels 0: make it 1 or more"):
+        oasis.OASISDiscriminator(C, channels=0)
     with pytest.raises(RuntimeError, match="(?s)Missing key.*Unexpected key"):
         oasis.load_official(networks[0][0], networks[1][1].state)
 
