@@ -61,11 +61,6 @@ def schedule(steps: int = TRAIN_STEPS, device: torch.device | str = "cpu") -> Sc
     return Schedule(torch.from_numpy(t).to(device), *(torch.from_numpy(c).float().to(device) for c in constants))
 
 
-def add_noise(image: Tensor, noise: Tensor, index: Tensor, s: Schedule) -> Tensor:
-    """A draw of the image after noising, equation (8). image, noise: (B, 3, H, W); index: (B, 1, 1, 1)."""
-    return s.signal[index] * image + s.sigma[index] * noise
-
-
 def predict_image(noisy: Tensor, eps: Tensor, index: int | Tensor, s: Schedule) -> Tensor:
     """The image of which `noisy` is a draw if its noise was eps."""
     return (noisy - s.sigma[index] * eps) / s.signal[index]
@@ -115,7 +110,7 @@ def training_loss(unet: nn.Module, image: Tensor, label_map: Tensor, t: Tensor, 
     Returns {"simple": (B,), "vb": (B,)}; the loss of a batch is the mean of their sum.
     """
     s, index = schedule(device=image.device), t[:, None, None, None]
-    noisy = add_noise(image, noise, index, s)
+    noisy = s.signal[index] * image + s.sigma[index] * noise  # equation (8)
     eps, v = unet(noisy, t, label_map, instances, dropped).float().chunk(2, dim=1)
 
     true_mean = s.mean_image[index] * image + s.mean_noisy[index] * noisy
