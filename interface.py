@@ -3,14 +3,17 @@
 A system of your own is a subclass of each in a file of its own, and one line in the table of systems.py.
 """
 
+import inspect
+import typing
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
+from pydantic import ConfigDict, create_model
 from torch import Tensor, nn
 
-from config import Settings, UserError
+from config import Settings, UserError, check_settings
 from metrics import to_uint8
 
 
@@ -25,13 +28,29 @@ def sample_seed(seed: int, index: int) -> int:
     return int(np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
+def complete(settings: Settings, section: str, cls: type[nn.Module]) -> Settings:
+    """The settings with all that a section may say of a network class: its arguments that have a default.
+
+    Raises UserError: unknown argument (the nearest right one is named) or wrong type.
+    """
+    given, hints = getattr(settings, section), typing.get_type_hints(cls.__init__)
+    fields = {p.name: (hints[p.name], p.default) for p in inspect.signature(cls).parameters.values()
+              if p.default is not p.empty}
+    model = create_model(cls.__name__, __config__=ConfigDict(extra="forbid"), **fields)
+    arguments = check_settings(given.arguments, section, model, f"{section}.").model_dump()
+    return settings.model_copy(update={section: type(given)(name=given.name, **arguments)})
+
+
 class Trainer:
     """Networks, losses and optimisers of one training run.
 
-    A subclass sets these attributes in its constructor and writes `step`:
+    A subclass sets these attributes in its constructor and writes `step` and `sheet`:
         num_classes: C. device: where it trains.
-        generator, ema: the network that learns, and the moving average that is sampled and evaluated.
-        parts: names of the attributes (networks, optimisers) whose state dicts make up a checkpoint.
+        generator, ema: the network that learns, and the moving average that is sampled and evaluated. Image sides must
+            be multiples of the attribute `divisor` of the generator, and of `discriminator` if there is one; networks
+            without that attribute take every size.
+        parts: names of the attributes (networks, optimisers) whose state dicts make up a checkpoint. "ema" must be one:
+            scripts load no other network.
         rates: name of an optimiser -> (its key in the settings' `train`, its learning rate).
     """
 
@@ -43,7 +62,11 @@ class Trainer:
     rates: dict[str, tuple[str, float]]
 
     def step(self, image: Tensor, label_map: Tensor, step: int, samples: list[int], *instances: Tensor) -> dict[str, Tensor]:
-        """Update every network once.
+        """Update every network once. Nothing is done around it, so it must itself
+
+        - split its images into the settings' `train.accumulation` rounds of forward and backward,
+        - average the gradients over the processes, with `distributed.all_reduce`, before an optimiser's step,
+        - call `update_ema` at its end.
 
         Args:
             image: (B, 3, H, W) uint8, this process's share of the batch.

@@ -3,15 +3,12 @@
 Here settings become networks; nothing else in the project asks which system it holds.
 """
 
-import inspect
 import pkgutil
-import typing
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.distributed as dist
-from pydantic import ConfigDict, create_model
 from torch import Tensor, nn
 
 import diffusion
@@ -19,7 +16,7 @@ from backbones import Backbone
 from config import Settings, UserError, check_settings
 from denoising import Diffusion
 from gan import GAN
-from interface import System, Trainer, noise, sample_seed
+from interface import System, Trainer, complete, noise, sample_seed
 from metrics import to_uint8
 from models import Discriminator, Generator
 from oasis import OASISDiscriminator, OASISGenerator, load_official
@@ -45,19 +42,6 @@ def named(table: dict, settings: Settings, section: str):
     if name not in table:
         raise UserError(f"{section}.name is {name!r}; there are {', '.join(table)}")
     return table[name]
-
-
-def complete(settings: Settings, section: str, cls: type[nn.Module]) -> Settings:
-    """The settings with all that a section may say of a network class: its arguments that have a default.
-
-    Raises UserError: unknown argument (the nearest right one is named) or wrong type.
-    """
-    given, hints = getattr(settings, section), typing.get_type_hints(cls.__init__)
-    fields = {p.name: (hints[p.name], p.default) for p in inspect.signature(cls).parameters.values()
-              if p.default is not p.empty}
-    model = create_model(cls.__name__, __config__=ConfigDict(extra="forbid"), **fields)
-    arguments = check_settings(given.arguments, section, model, f"{section}.").model_dump()
-    return settings.model_copy(update={section: type(given)(name=given.name, **arguments)})
 
 
 class Adversarial(System):
