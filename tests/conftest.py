@@ -1,8 +1,10 @@
 """Shared by the tests: the project on the path, a miniature data set, a configuration that trains in seconds."""
 
+import multiprocessing
 import os
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -90,6 +92,31 @@ def folder_data(tmp_path) -> Path:
             Image.fromarray(colors[label]).save(split / "images" / f"{i}.png")
             Image.fromarray(np.where(label == 3, 255, label).astype(np.uint8)).save(split / "labels" / f"{i}.png")
     return root
+
+
+def in_child(folder: Path, function, *arguments, **environment):
+    """Start `function` in a forked process, which spares the start of Python and torch; its output goes to out.txt."""
+    def target():
+        os.setsid()  # signals to its group reach its loading processes and not us
+        os.chdir(folder)
+        os.environ.update({name: str(value) for name, value in environment.items()})
+        sys.stdout = sys.stderr = open("out.txt", "a", buffering=1)
+        function(*arguments)
+    process = multiprocessing.get_context("fork").Process(target=target)
+    process.start()
+    return process
+
+
+def together(folder: Path, count: int, function, *arguments) -> None:
+    """`function` in a group of `count` such processes, to its end."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    group = [in_child(folder, function, *arguments, RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=count, MASTER_ADDR="localhost",
+                      MASTER_PORT=port) for rank in range(count)]
+    for process in group:
+        process.join(200)
+        assert process.exitcode == 0, (folder / "out.txt").read_text()
 
 
 def trainer_of(given: dict, num_classes: int = 12):
