@@ -57,7 +57,8 @@ def test_run_folder_and_exact_resume(train, tiny_config, tmp_path):
     assert "fd_stlpips_alex" in judged[1] and "fd_stlpips_alex" not in judged[0]
     assert sorted(p.name for p in (whole / "checkpoints").iterdir()) == ["0000002.pt", "0000004.pt", "best.pt", "latest.pt"]
     assert (whole / "samples" / "0000004.png").stat().st_size > 0
-    assert yaml.safe_load((whole / "config.yaml").read_text())["loss"]["focal_gamma"] == 2.0
+    kept = yaml.safe_load((whole / "config.yaml").read_text())  # with what was not given
+    assert kept["loss"]["focal_gamma"] == 2.0 and kept["generator"]["noise"] == "cross_attention"
     states = [latest(run) for run in (whole, parts)]
     assert all(torch.equal(states[0]["ema"][k], states[1]["ema"][k]) for k in states[0]["ema"])
     assert not any("network" in key for key in states[0]["statistics"])  # the backbone is not in the checkpoint
