@@ -24,14 +24,13 @@ import train as script
 from checkpoint import load_checkpoint, save_checkpoint
 from config import UserError
 
-QUICK = {**TINY, "eval": {**TINY["eval"], "num_images": 4, "segmenter_steps": 1, "diversity_samples": 0}}
-
 
 @pytest.fixture
 def config(tmp_path) -> Path:
     """The miniature model with the least of evaluation."""
     path = tmp_path / "quick.yaml"
-    path.write_text(yaml.safe_dump(QUICK))
+    judges = {**TINY["eval"], "num_images": 4, "segmenter_steps": 1, "diversity_samples": 0}
+    path.write_text(yaml.safe_dump({**TINY, "eval": judges}))
     return path
 
 
@@ -116,10 +115,7 @@ def test_signals(train, config, tmp_path, number):
     wait_for(lambda: log.exists() and len(lines_of(log)) >= 2)
     workers = children(process.pid)
     assert len(workers) == 2
-    if number == signal.SIGKILL:
-        process.kill()
-    else:
-        os.killpg(process.pid, number)
+    (os.kill if number == signal.SIGKILL else os.killpg)(process.pid, number)
     process.join(60)
     wait_for(lambda: not any(map(alive, workers)), 30)
     if number != signal.SIGKILL:
@@ -156,18 +152,16 @@ def test_a_disk_that_is_full_under_the_samples(call, train, config, tmp_path):
     assert [record["step"] for record in lines_of(tmp_path / "runs/tiny/log.jsonl")] == [1, 2]
 
 
-@pytest.mark.parametrize("damage", ["cut", "bit"])
-def test_damaged_checkpoint_is_refused(tmp_path, damage):
+def test_a_checkpoint_with_one_wrong_bit_is_refused(tmp_path):
     path = tmp_path / "latest.pt"
-    save_checkpoint({"config": {}, "class_names": ["a"], "palette": [[0, 0, 0]] * 2, "ids": [0] * 256, "step": 3,
+    save_checkpoint({"config": {}, "class_names": ["a"], "palette": [[0, 0, 0]] * 2, "step": 3,
                      "ema": {"weight": torch.randn(100, 1000)}}, path)
     assert step_of(path) == 3
     content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= damage == "bit"
-    path.write_bytes(content[: len(content) - (damage == "cut")])
-    with pytest.raises(UserError, match=r"latest.pt: cut short, altered .* --resume") as error:
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"latest.pt: cut short, altered .* --resume"):
         load_checkpoint(path)
-    assert "\n" not in str(error.value)
 
 
 @pytest.mark.slow
