@@ -44,11 +44,13 @@ def complete(settings: Settings, section: str, cls: type[nn.Module]) -> Settings
 class Trainer:
     """Networks, losses and optimisers of one training run.
 
-    A subclass sets these attributes in its constructor and writes `step`:
+    A subclass sets these attributes in its constructor and writes `step` and `sheet`:
         num_classes: C. device: where it trains.
-        generator, ema: the network that learns, and the moving average that is sampled and evaluated. Image sides must be
-            multiples of the `divisor` that a network may have.
-        parts: names of the attributes (networks, optimisers) whose state dicts make up a checkpoint; "ema" is one of them.
+        generator, ema: the network that learns, and the moving average that is sampled and evaluated. Image sides must
+            be multiples of the attribute `divisor` of the generator, and of `discriminator` if there is one; networks
+            without that attribute take every size.
+        parts: names of the attributes (networks, optimisers) whose state dicts make up a checkpoint. "ema" must be one:
+            scripts load no other network.
         rates: name of an optimiser -> (its key in the settings' `train`, its learning rate).
     """
 
@@ -60,8 +62,11 @@ class Trainer:
     rates: dict[str, tuple[str, float]]
 
     def step(self, image: Tensor, label_map: Tensor, step: int, samples: list[int], *instances: Tensor) -> dict[str, Tensor]:
-        """Update every network once, from gradients averaged over all processes (`distributed.all_reduce`) and over
-        `train.accumulation` rounds, and call `update_ema`: the loop in train.py does none of it.
+        """Update every network once. Nothing is done around it, so it must itself
+
+        - split its images into the settings' `train.accumulation` rounds of forward and backward,
+        - average the gradients over the processes, with `distributed.all_reduce`, before an optimiser's step,
+        - call `update_ema` at its end.
 
         Args:
             image: (B, 3, H, W) uint8, this process's share of the batch.

@@ -265,12 +265,10 @@ class Recorder:
 
     def __init__(self, run: Path, first: int, settings: Settings):
         self.run, self.metric, self.started = run, settings.eval.metric, time.time()
-        before = {}
-        for name in ("log.jsonl", "metrics.jsonl"):
-            before[name] = self.lines_until(run / name, first)
-        self.minutes = before["log.jsonl"][-1].get("minutes", 0) if before["log.jsonl"] else 0
-        self.latest = before["metrics.jsonl"][-1] if before["metrics.jsonl"] else {"step": -1}
-        self.best = min(map(self.score, before["metrics.jsonl"]), default=math.inf)
+        steps, evaluations = (self.lines_until(run / name, first) for name in ("log.jsonl", "metrics.jsonl"))
+        self.minutes = steps[-1].get("minutes", 0) if steps else 0
+        self.latest = evaluations[-1] if evaluations else {"step": -1}
+        self.best = min(map(self.score, evaluations), default=math.inf)
         self.track = lambda numbers, step: None
         if settings.train.tracker == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter

@@ -1,7 +1,10 @@
 """Shared by the tests: the project on the path, a miniature data set, a configuration that trains in seconds."""
 
+import multiprocessing
 import os
+import runpy
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -44,22 +47,32 @@ def tiny_config(tmp_path) -> Path:
 @pytest.fixture
 def run(tmp_path):
     """Runs a script of the project in an empty folder: run("train.py", ...) -> CompletedProcess."""
-    def call(script: str, *arguments: str, processes: int = 0, **options) -> subprocess.CompletedProcess:
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    def start(script: str, *arguments: str, processes: int = 0, **options) -> subprocess.CompletedProcess:
         launcher = [sys.executable]
         if processes:
             launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        return subprocess.run([*launcher, str(ROOT / script), *map(str, arguments)], cwd=tmp_path, env=environment,
-                              capture_output=True, text=True, timeout=300, **options)
-    return call
+        return subprocess.run([*launcher, str(ROOT / script), *map(str, arguments)], cwd=tmp_path, capture_output=True,
+                              env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True, timeout=300, **options)
+    return start
+
+
+@pytest.fixture
+def call(tmp_path, monkeypatch):
+    """The same within this process, which spares the imports: call("sample.py", ...); an error is a SystemExit."""
+    monkeypatch.chdir(tmp_path)
+    def start(script: str, *arguments: str) -> None:
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    return start
 
 
 @pytest.fixture
 def train(tmp_path, monkeypatch):
-    """train.py within this process, in an empty folder: train(config_file, "key=value", ..., resume=False)."""
+    """train.py's main within this process, in an empty folder: train(file, "key=value", ..., resume=False). No curves."""
     import train as script
     from config import load_settings
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(script, "draw_curves", lambda *_: None)  # they take longer than all else
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     yield lambda file, *overrides, resume=False: script.main(load_settings(file, list(overrides)), resume)
     for number, handler in handlers.items():
@@ -69,17 +82,41 @@ def train(tmp_path, monkeypatch):
 @pytest.fixture
 def folder_data(tmp_path) -> Path:
     """ROOT/{train,val}/{images,labels}: six pairs of 40 x 48 pixels, three classes in flat colors, void id 255."""
-    rng = np.random.default_rng(0)
+    rng, root = np.random.default_rng(0), tmp_path / "data"
     colors = np.array([[200, 40, 40], [40, 200, 40], [40, 40, 200], [0, 0, 0]], np.uint8)
-    for split in ("train", "val"):
-        for kind in ("images", "labels"):
-            (tmp_path / "data" / split / kind).mkdir(parents=True)
+    for split in (root / "train", root / "val"):
+        (split / "images").mkdir(parents=True)
+        (split / "labels").mkdir()
         for i in range(6):
             label = np.repeat(np.repeat(rng.integers(0, 4, (5, 6)), 8, 0), 8, 1).astype(np.uint8)
-            Image.fromarray(colors[label]).save(tmp_path / "data" / split / "images" / f"{i}.png")
-            label[label == 3] = 255
-            Image.fromarray(label).save(tmp_path / "data" / split / "labels" / f"{i}.png")
-    return tmp_path / "data"
+            Image.fromarray(colors[label]).save(split / "images" / f"{i}.png")
+            Image.fromarray(np.where(label == 3, 255, label).astype(np.uint8)).save(split / "labels" / f"{i}.png")
+    return root
+
+
+def in_child(folder: Path, function, *arguments, **environment):
+    """Start `function` in a forked process, which spares the start of Python and torch; its output goes to out.txt."""
+    def target():
+        os.setsid()  # signals to its group reach its loading processes and not us
+        os.chdir(folder)
+        os.environ.update({name: str(value) for name, value in environment.items()})
+        sys.stdout = sys.stderr = open("out.txt", "a", buffering=1)
+        function(*arguments)
+    process = multiprocessing.get_context("fork").Process(target=target)
+    process.start()
+    return process
+
+
+def together(folder: Path, count: int, function, *arguments) -> None:
+    """`function` in a group of `count` such processes, to its end."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    group = [in_child(folder, function, *arguments, RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=count, MASTER_ADDR="localhost",
+                      MASTER_PORT=port) for rank in range(count)]
+    for process in group:
+        process.join(200)
+        assert process.exitcode == 0, (folder / "out.txt").read_text()
 
 
 def trainer_of(given: dict, num_classes: int = 12):
@@ -91,8 +128,6 @@ def trainer_of(given: dict, num_classes: int = 12):
 
 def error_line(result: subprocess.CompletedProcess) -> str:
     """The one line that a failed script ends with; fails the test on a traceback or a success."""
-    assert result.returncode != 0, result.stdout
-    assert "Traceback" not in result.stderr, result.stderr
-    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1, result.stderr
-    return lines[0]
+    assert result.returncode != 0 and "Traceback" not in result.stderr, result.stderr
+    [line] = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    return line
