@@ -83,7 +83,7 @@ def test_mapping_reorders_and_leaves_out_what_cannot_be_judged():
 
 
 @pytest.mark.parametrize("source, mapping, text", [
-    ("absent.pt", None, "cannot be loaded"), ("model.pt", None, "cannot be loaded"), ("pairs.pt2", None, "cannot be loaded and run"),
+    ("absent.pt", None, "cannot be loaded"), ("model.pt", None, "cannot be loaded"), ("pairs.pt2", None, "cannot be loaded"),
     ("judge.pt2", [0, 1, 7], "0 to 1, or -1 for none"),
     ("judge.pt2", [0, 1], r"is \[0, 1\]; it needs an entry for each of its 3 classes"),
     ("judge.pt2", None, "its class 'output 0' is not in the data set")])
