@@ -107,7 +107,7 @@ class Backbone(nn.Module):
         super().__init__()
         network = load_timm(name, pretrained, weights, any_size=True)
         self.network = network.requires_grad_(False)
-        self.conditioning, self.input_scale, self.bf16 = conditioning, input_scale, bf16
+        self.name, self.conditioning, self.input_scale, self.bf16 = name, conditioning, input_scale, bf16
         for layer in network.modules() if bf16 else ():
             if isinstance(layer, (nn.Conv2d, nn.Linear)):
                 layer.to(torch.bfloat16)
@@ -127,7 +127,10 @@ class Backbone(nn.Module):
         return super().train(False)
 
     def raw_features(self, image: torch.Tensor) -> list[torch.Tensor]:
-        """Image (B, 3, H, W) in [-1, 1] -> features (B, C_l, h_l, w_l), finest first, as the classifier has them."""
+        """Image (B, 3, H, W) in [-1, 1] -> features (B, C_l, h_l, w_l), finest first, as the classifier has them.
+
+        Raises ValueError for a size that the network cannot have.
+        """
         x = ((image + 1) / 2 - self.input_mean) / self.input_std
         if self.input_scale != 1:
             x = F.interpolate(x, scale_factor=self.input_scale, mode="bilinear", antialias=self.input_scale < 1)
@@ -136,7 +139,11 @@ class Backbone(nn.Module):
             options["indices"] = self.blocks
             x = F.interpolate(x, [-(-side // self.patch) * self.patch for side in size], mode="bilinear")
         with torch.autocast(x.device.type, torch.bfloat16) if self.bf16 else contextlib.nullcontext():
-            features = self.network.forward_intermediates(x, **options)
+            try:
+                features = self.network.forward_intermediates(x, **options)
+            except AssertionError as error:  # BEiT and others take one size alone
+                raise ValueError(f"backbone.name is {self.name!r}: it takes no images of {x.shape[2]} x {x.shape[3]} "
+                                 f"({error}); choose another, or a backbone.input_scale that gives its size") from error
         if self.patch:
             features = [F.interpolate(f.float(), [-(-side // stride) for side in size], mode="bilinear", antialias=True)
                         for f, stride in zip(features, self.strides)]

@@ -10,68 +10,68 @@ from config import DataSettings, UserError
 from dataset import build_dataset
 
 BFLOAT16 = torch.autocast
+SMALL = {"name": "test_efficientnet", "pretrained": False}
 
 
-def batch(count: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
+def batch(count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Images and label maps of the first rendered scenes, uint8."""
     dataset = build_dataset(DataSettings(size=(32, 32)), "train")
     return tuple(torch.stack(column) for column in zip(*(dataset[i] for i in range(count))))
 
 
 def test_overfits_one_batch():
-    """Trained on four scenes alone, the generator comes to paint them: per-pixel error well below that of class means."""
-    gan = trainer_of({**TINY, "loss": {"diversity": 0, "contrastive": 0, "perceptual": 10.0},
-                      "train": {"batch_size": 4, "lr_generator": 2e-3, "lr_discriminator": 2e-3, "ema": 0.9}})
-    image, label_map = batch()
+    """Trained on two scenes alone, the generator comes to paint them: per-pixel error well below that of class means."""
+    gan = trainer_of({**TINY, "backbone": SMALL, "loss": {"diversity": 0, "contrastive": 0, "perceptual": 10.0},
+                      "train": {"batch_size": 2, "lr_generator": 6e-3, "lr_discriminator": 2e-3, "ema": 0.9}})
+    image, label_map = batch(2)
     real = image.float() / 127.5 - 1
     gan.calibrate([real])
-    with torch.no_grad():
-        error = lambda: (gan.ema(label_map.long(), torch.zeros(4, 8)) - real).abs().mean().item()
-        before = error()
-    first = [gan.step(image, label_map, step, [0, 1, 2, 3]) for step in range(150)][0]
-    last = gan.step(image, label_map, 150, [0, 1, 2, 3])
-    with torch.no_grad():
-        after = error()
-    assert last["g_perceptual"] < 0.7 * first["g_perceptual"]
-    assert after < 0.6 * before, (before, after)
+    error = lambda: (gan.ema(label_map.long(), torch.zeros(2, 8)) - real).abs().mean().item()
+    before = error()
+    distances = [gan.step(image, label_map, step, [0, 1])["g_perceptual"] for step in range(60)]
+    assert distances[-1] < 0.7 * distances[0] and error() < 0.6 * before
 
 
-def test_generator_learns_from_the_discriminator_and_the_backbone_does_not():
-    gan, (image, label_map) = trainer_of(TINY), batch()
+def test_one_step(monkeypatch):
+    """Generator and discriminator learn and the backbone does not; the generator alone gets rough label maps."""
+    gan, (image, label_map) = trainer_of({**TINY, "loss": {**TINY["loss"], "rough": 1.0}}), batch(4)
     gan.calibrate([image.float() / 127.5 - 1])
-    forwards = {"generator": 0, "backbone": 0, "discriminator": 0}
-    for name in forwards:
-        getattr(gan, name).register_forward_hook(lambda *_, name=name: forwards.__setitem__(name, forwards[name] + 1))
+    inputs, targets, focal_loss = {"generator": [], "backbone": [], "discriminator": []}, [], losses.focal_loss
+    for name, calls in inputs.items():
+        getattr(gan, name).register_forward_hook(lambda _, given, __, calls=calls: calls.append(given[0]))
+    monkeypatch.setattr(losses, "focal_loss", lambda *given: targets.append(given[1]) or focal_loss(*given))
     frozen = {k: v.clone() for k, v in gan.backbone.state_dict().items()}
     before = [p.clone() for p in gan.generator.parameters()]
     gan.step(image, label_map, 0, [0, 1, 2, 3])
-    assert forwards == {"generator": 1, "backbone": 2, "discriminator": 2}  # nothing is computed twice
-    moved = [not torch.equal(a, b) for a, b in zip(before, gan.generator.parameters())]
-    assert all(moved), [n for (n, _), m in zip(gan.generator.named_parameters(), moved) if not m]
+    assert [len(calls) for calls in inputs.values()] == [1, 2, 2]  # nothing is computed twice
+    for (name, parameter), old in zip(gan.generator.named_parameters(), before):
+        assert not torch.equal(parameter, old), name
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in gan.d_parameters)
     assert all(torch.equal(v, frozen[k]) for k, v in gan.backbone.state_dict().items())
+    maps = label_map.long()
+    assert torch.equal(targets[0], maps[[0, 2, 0, 2]]) and torch.equal(targets[1], maps)  # two samples of every other map
+    assert all(not torch.equal(*pair) for pair in zip(inputs["generator"][0], maps[::2]))
 
 
 @pytest.mark.parametrize("changed", [
-    {}, {"loss": {"diversity": 0, "perceptual": 1.0, "labelmix": 1.0}}, {"generator": {**TINY["generator"], "noise": "concat"}},
+    {}, {"loss": {"diversity": 0, "perceptual": 1.0, "labelmix": 1.0}, "generator": {**TINY["generator"], "noise": "concat"}},
     {"generator": {"name": "oasis", "channels": 2}, "discriminator": {"name": "oasis", "channels": 2},
      "data": {**TINY["data"], "size": [64, 64]}}])
 def test_a_step_under_autocast_is_close_to_float32(monkeypatch, changed):
     """The types that meet on a GPU, on a CPU."""
-    given = {**TINY, **changed}
+    given = {**TINY, "backbone": SMALL, **changed}
     height, width = given["data"]["size"]
-    image = torch.randint(0, 256, (4, 3, height, width), dtype=torch.uint8)
-    label_map = torch.randint(0, 13, (4, height, width), dtype=torch.uint8)
+    image = torch.randint(0, 256, (2, 3, height, width), dtype=torch.uint8)
+    label_map = torch.randint(0, 13, (2, height, width), dtype=torch.uint8)
     values = []
     for half in (False, True):
         trainer = trainer_of(given)
-        trainer.calibrate([image.float() / 127.5 - 1])
         if half:
-            trainer.backbone = Backbone("tf_efficientnet_lite0", bf16=True)
-            trainer.calibrate([image.float() / 127.5 - 1])
+            trainer.backbone = Backbone(**SMALL, bf16=True)
             monkeypatch.setattr(torch, "autocast", lambda kind, dtype=None, enabled=True: BFLOAT16(
                 kind, torch.bfloat16, enabled=dtype is not None or enabled))
-        values.append(trainer.step(image, label_map, 0, [0, 1, 2, 3]))
+        trainer.calibrate([image.float() / 127.5 - 1])
+        values.append(trainer.step(image, label_map, 0, [0, 1]))
     assert values[0].keys() == values[1].keys() and len(values[0]) >= 3
     for name, value in values[0].items():
         assert values[1][name].float() == pytest.approx(value.item(), rel=0.1, abs=0.02), name
@@ -81,7 +81,7 @@ def test_a_step_under_autocast_is_close_to_float32(monkeypatch, changed):
 @pytest.mark.slow
 def test_compiled_networks_train_like_the_others():
     """One step: the losses of both networks go back through one compiled graph. Wants a C++ compiler."""
-    image, label_map = batch()
+    image, label_map = batch(4)
     values, gradients = [], []
     for compiled in (False, True):
         trainer = trainer_of({**TINY, "train": {"compile": compiled}})
@@ -103,14 +103,3 @@ def test_margins_compare_different_images_alone():
     assert gan.margins[0].item() == pytest.approx(gan.loss.diversity_margin[0] * expected, rel=1e-4)
     with pytest.raises(UserError, match="there is one image; add training pairs"):
         gan.calibrate([images[:1]])
-
-
-def test_the_generator_alone_gets_rough_label_maps(monkeypatch):
-    gan, (image, label_map) = trainer_of({**TINY, "loss": {"rough": 1.0, "diversity": 0}}), batch()
-    given, judged = [], []
-    gan.generator.register_forward_hook(lambda _, inputs, __: given.append(inputs[0]))
-    plain = losses.focal_loss
-    monkeypatch.setattr(losses, "focal_loss", lambda logits, target, *rest: judged.append(target) or plain(logits, target, *rest))
-    gan.step(image, label_map, 0, [0, 1, 2, 3])
-    assert all(torch.equal(target, label_map.long()) for target in judged) and len(judged) == 2
-    assert all(not torch.equal(*pair) for pair in zip(given[0], label_map.long()))

@@ -13,14 +13,12 @@ from labels import UNKNOWN, label_format, read_class_table, read_label_file
 @pytest.mark.parametrize("name, bad", [("ade20k", 151), ("coco_stuff", 182), ("cityscapes", 34), ("celebamask_hq", 19)])
 def test_class_tables_name_each_class_and_color_once(name, bad):
     form = label_format(settings("", name))
-    assert len(set(form.class_names)) == form.num_classes
-    assert len({tuple(color) for color in form.palette[:-1].tolist()}) == form.num_classes
+    assert len(set(form.class_names)) == len({tuple(color) for color in form.palette[:-1].tolist()}) == form.num_classes
     assert (form.palette[-1] == 0).all() and form.ids[bad] == UNKNOWN != form.ids[bad - 1]
 
 
 @pytest.mark.parametrize("changes, file_ids, classes", [
     ({}, [0, 1, 2], [0, 1, 2]),
-    ({"void": 3}, [0, 1, 2, 3], [0, 1, 2, 3]),
     ({"void": 255}, [0, 2, 255], [0, 2, 3]),
     ({"void": 0}, [0, 1, 2, 3], [3, 0, 1, 2]),
     ({"void": 1}, [0, 1, 2, 3], [0, 3, 1, 2]),
@@ -50,10 +48,9 @@ def test_ids_in_any_gray_mode(tmp_path, make):
     assert np.array_equal(build_dataset(settings(tmp_path), "train")[0][1], ids(0, 1, 2))
 
 
-@pytest.mark.parametrize("void", [None, 255, 999])
-@pytest.mark.parametrize("bad", [256, 1000, 65535])
-def test_ids_of_16_bits_that_are_too_large(tmp_path, void, bad):
-    tree(tmp_path, ids(0, 1).astype(np.uint16) * bad)
+@pytest.mark.parametrize("void, bad", [(None, 3), (255, 256), (None, 1000), (999, 65535)])
+def test_ids_that_are_too_large(tmp_path, void, bad):
+    tree(tmp_path, ids(0, bad))
     with pytest.raises(UserError, match=rf"train/labels/a.png: id {bad} is none of the ids \[0, 1, 2"):
         build_dataset(settings(tmp_path, void=void), "train")[0]
 
@@ -86,8 +83,6 @@ def test_read_label_file(tmp_path):
         assert np.array_equal(read_label_file(path, 3, palette, [0, 1, 2, 3] + [255] * 252), ids(3, 0, 1, 2))
     table = label_format(settings("", "ade20k"))
     assert np.array_equal(read_label_file(gray, 150, table.palette, table.ids), ids(2, 150, 0, 1))
-    with pytest.raises(UserError, match="no such file"):
-        read_label_file(tmp_path / "none.png", 150, table.palette, table.ids)
 
 
 @pytest.mark.parametrize("dog", [20, 300, 65535])  # the last two need 16 bits
@@ -97,10 +92,7 @@ def test_class_table_of_ones_own(tmp_path, dog):
     tree(tmp_path, ids(40, dog, 7, 9))
     dataset = build_dataset(settings(tmp_path, classes=str(table)), "train")
     assert dataset.class_names == ["cat", "dog"] and np.array_equal(dataset[0][1], ids(0, 1, 2, 2))
-    written = put(tmp_path / "again.png", dataset.form.encode(dataset[0][1].numpy()))
-    form = dataset.form
-    assert np.array_equal(read_label_file(written, 2, form.palette.tolist(), form.ids.tolist()), dataset[0][1])
-    assert np.array_equal(Image.open(written), ids(40, dog, 7, 7))
+    assert np.array_equal(dataset.form.encode(dataset[0][1].numpy()), ids(40, dog, 7, 7))
 
 
 def test_default_palette_is_the_voc_map():
@@ -110,20 +102,18 @@ def test_default_palette_is_the_voc_map():
 
 
 @pytest.mark.parametrize("changes, message", [
-    ({"classes": None}, "data.classes: 0 classes; give 1 to 254"), ({"classes": 0}, "0 classes"),
-    ({"classes": 255}, "255 classes"), ({"classes": ["a", "a"]}, "a is there twice"),
-    ({"classes": "none.csv"}, "none.csv: .*a class table is"), ({"void": 65536}, "data.void is 65536"),
-    ({"palette": [[0, 0, 0]]}, "data.palette: 1 colors for 3 classes"), ({"palette": [[0, 0]] * 3}, "data.palette is"),
+    ({"classes": None}, "data.classes: 0 classes; give 1 to 254"), ({"classes": 255}, "255 classes"),
+    ({"classes": ["a", "a"]}, "a is there twice"), ({"classes": "none.csv"}, "none.csv: .*a class table is"),
+    ({"void": 65536}, "data.void is 65536"), ({"palette": [[0, 0, 0]]}, "data.palette: 1 colors for 3 classes"),
     ({"palette": [[0, 0, 0], [0, 0, 1], [0, 0, 256]]}, "data.palette is")])
 def test_setting_errors(changes, message):
     with pytest.raises(UserError, match=message):
         label_format(settings("", **changes))
 
 
-@pytest.mark.parametrize("text", ["", "id,name\n1,a\n", "id,name,r,g,b\nx,a,1,2,3\n", "id,name,r,g,b\n1,a,1,2,300\n",
-                                  "id,name,r,g,b\n1,a,1,2,3\n1,b,1,2,4\n", "id,name,r,g,b\n1,a,1,2,3\n2,a,1,2,4\n", "id,name,r,g,b\n65536,a,1,2,3\n"])
+@pytest.mark.parametrize("text", ["id,name\n1,a\n", "id,name,r,g,b\n1,a,1,2,300\n", "id,name,r,g,b\n65536,a,1,2,3\n",
+                                  "id,name,r,g,b\n1,a,1,2,3\n1,b,1,2,4\n", "id,name,r,g,b\n1,a,1,2,3\n2,a,1,2,4\n"])
 def test_class_table_errors(tmp_path, text):
-    table = tmp_path / "mine.csv"
-    table.write_text(text)
+    (tmp_path / "mine.csv").write_text(text)
     with pytest.raises(UserError, match="mine.csv"):
-        read_class_table(table)
+        read_class_table(tmp_path / "mine.csv")

@@ -12,8 +12,7 @@ def softmax(x, axis):
 def numpy_focal(logits, target, weights, gamma):
     p = softmax(logits.astype(np.float64), 1)
     total = 0.0
-    for b, h, w in np.ndindex(target.shape):
-        t = target[b, h, w]
+    for (b, h, w), t in np.ndenumerate(target):
         total -= weights[t] * (1 - p[b, t, h, w]) ** gamma * np.log(p[b, t, h, w])
     return total / target.size
 
@@ -29,28 +28,16 @@ def test_focal_loss_equals_its_formula():
         assert np.isclose(fake, numpy_focal(logits, np.full_like(target, 3), np.ones(4), gamma), rtol=1e-6)
 
 
-def test_focal_loss_without_focus_is_torchs_cross_entropy():
-    logits, target = torch.randn(2, 4, 3, 3), torch.randint(0, 3, (2, 3, 3))
-    reference = torch.nn.functional.cross_entropy(logits, target)
-    assert torch.allclose(losses.focal_loss(logits, target, torch.ones(4), 0.0), reference, atol=1e-6)
-
-
 def test_two_by_two_label_map_by_hand():
     """Pixels 0 0 / 1 void: three classes of which two are present, p_t = 1/4 everywhere as logits are equal."""
     target = torch.tensor([[[0, 0], [1, 3]]])
     weights = losses.class_weights(torch.bincount(target.flatten(), minlength=4))
     assert weights.tolist() == [1.0, 2.0, 0.0, 0.0]  # 4 pixels / 2 classes / (2, 1, absent, void)
-    loss = losses.focal_loss(torch.zeros(1, 4, 2, 2), target, weights, gamma=2.0)
-    assert torch.isclose(loss, torch.tensor((1 + 1 + 2 + 0) / 4 * (3 / 4) ** 2 * np.log(4)).float())
-
-
-def test_void_pixels_of_real_images_carry_no_gradient_and_those_of_fake_images_do():
-    logits, target = torch.randn(1, 4, 2, 2, requires_grad=True), torch.tensor([[[0, 0], [1, 3]]])
-    losses.focal_loss(logits, target, torch.tensor([1.0, 1, 1, 0]), 2.0).backward()
-    assert logits.grad[0, :, 1, 1].abs().max() == 0 and logits.grad[0, :, 0, 0].abs().max() > 0
-    logits.grad = None
-    losses.fake_loss(logits, 2.0).backward()
-    assert logits.grad[0, :, 1, 1].abs().max() > 0
+    logits = torch.zeros(1, 4, 2, 2, requires_grad=True)
+    loss = losses.focal_loss(logits, target, weights, gamma=2.0)
+    assert np.isclose(loss.item(), (1 + 1 + 2 + 0) / 4 * (3 / 4) ** 2 * np.log(4))
+    loss.backward()
+    assert (logits.grad[0].abs().amax(0) > 0).tolist() == [[True, True], [True, False]]  # void of real images pulls nothing
 
 
 def test_contrastive_loss_equals_its_formula():
@@ -63,13 +50,6 @@ def test_contrastive_loss_equals_its_formula():
     f, r = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (f, r))
     expected = np.mean([-np.log(softmax(f[b] @ r[b].T / 0.3, 1)[i, i]) for b in range(2) for i in range(12)])
     assert np.isclose(ours, expected, rtol=1e-5)  # all 12 places are drawn, so their order does not matter
-
-
-def test_contrastive_loss_prefers_the_right_place():
-    loss = losses.PatchContrast([5], num_patches=12)
-    real = torch.randn(2, 5, 3, 4)
-    draw = lambda: torch.Generator().manual_seed(0)
-    assert loss([real], [real], draw()) < loss([real.roll(1, 3)], [real], draw())
 
 
 def test_diversity_distances_by_hand():
