@@ -32,26 +32,24 @@ def test_flops_of_an_image_are_those_of_the_whole_chain():
 
 def test_configurations_side_by_side(tmp_path, monkeypatch, capsys):
     """Ratios are to the first; a batch twice as large is twice the work, a sample stays the same."""
-    for name, batch in (("small", 2), ("large", 4)):
-        train = TINY["train"] | {"batch_size": batch}
-        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(TINY | {"train": train}))
-    monkeypatch.chdir(tmp_path)
+    paths = [tmp_path / "small.yaml", tmp_path / "large.yaml"]
+    for path, batch in zip(paths, (2, 4)):
+        path.write_text(yaml.safe_dump(TINY | {"train": TINY["train"] | {"batch_size": batch}}))
     monkeypatch.setattr(bench, "ProcessPoolExecutor", lambda *_: ThreadPoolExecutor(1))  # faster
-    monkeypatch.setattr("sys.argv", ["bench.py", "--config", "small.yaml", "--config", "large.yaml", "--steps", "1",
-                                     "loss.diversity=0"])
+    arguments = [f"--config={path}" for path in paths]
+    monkeypatch.setattr("sys.argv", ["bench.py", *arguments, "--steps=1", "loss.diversity=0"])
     bench.main()
-    rows = [re.findall(r"^(sample|training step) +(\w+).yaml .* TFLOP +([\d.]+)x", line)[0]
-            for line in capsys.readouterr().out.splitlines()]
-    assert rows == [("sample", "small", "1.00"), ("sample", "large", "1.00"),
-                    ("training step", "small", "1.00"), ("training step", "large", "2.00")]
+    assert re.findall(r"(sample|step) .*(small|large).yaml .* TFLOP +([\d.]+)x", capsys.readouterr().out) == [
+        ("sample", "small", "1.00"), ("sample", "large", "1.00"), ("step", "small", "1.00"), ("step", "large", "2.00")]
 
 
-OASIS_FILES = {"models/losses.py": """
-import models.norms as norms
+LOSSES = """
 class losses_computer:
-    def __init__(self, opt): assert opt.semantic_nc == norms.CHANNELS
-""", "models/norms.py": "CHANNELS = 151", "models/models.py": """
+    def __init__(self, opt): assert opt.semantic_nc == 151
+"""
+MODELS = """
 import torch
+import models.losses
 class OASIS_model(torch.nn.Module):
     def __init__(self, opt):
         super().__init__()
@@ -60,14 +58,14 @@ class OASIS_model(torch.nn.Module):
         if mode == "generate":
             return self.netG(label)
         return [self.netD(self.netG(label) if mode == "losses_G" else image).mean()]
-"""}
+"""
 
 
 def test_a_clone_without_init_files_is_found_before_our_models(tmp_path, monkeypatch):
     """boschresearch/OASIS keeps its `models` in a folder without __init__.py; ours is a file of the same name."""
     (tmp_path / "models").mkdir()
-    for name, text in OASIS_FILES.items():
-        (tmp_path / name).write_text(text)
+    (tmp_path / "models/losses.py").write_text(LOSSES)
+    (tmp_path / "models/models.py").write_text(MODELS)
     monkeypatch.setattr(sys, "path", [*sys.path])
     with patch.dict(sys.modules):
         assert bench.published_oasis(tmp_path, training=False)().shape == (1, 3, 256, 256)

@@ -40,7 +40,7 @@ def test_the_file_draws_what_the_generator_draws(generator, runtime, tmp_path):
         "region": ("tensor(bool)", [1, 32, 32])}
     generator = load_generator(checkpoint)[1]
     label_map = torch.randint(13, (1, 4, 4)).repeat_interleave(8, 1).repeat_interleave(8, 2)
-    inputs = {"label_map": label_map, "z": torch.randn(1, 8), "z2": torch.randn(1, 8), "region": label_map == label_map[0, 0, 0]}
+    inputs = {"label_map": label_map, "z": torch.randn(1, 8), "z2": torch.randn(1, 8), "region": label_map < 6}
     image = session.run(["image"], {key: value.numpy() for key, value in inputs.items()})[0]
     with torch.no_grad():
         assert np.abs(image - generator(**inputs).numpy()).max() * 127.5 <= 2
