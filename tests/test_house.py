@@ -38,15 +38,11 @@ def test_imports_go_one_way():
         assert name not in reached, f"{name} imports itself by way of {reached}"
 
 
-def test_only_the_table_names_the_systems():
+def test_only_the_table_names_the_systems_and_a_file_fits_one_sitting():
     for name, path in FILES.items():
-        if name not in ("systems", "oasis", "sdm"):
-            assert not re.search(r"\b(OASISGenerator|OASISDiscriminator|SDMUNet)\b", path.read_text()), name
-
-
-def test_a_file_fits_one_sitting():
-    lines = {name: len(path.read_text().splitlines()) for name, path in FILES.items()}
-    assert max(lines.values()) <= 400, lines
+        text = path.read_text()
+        assert len(text.splitlines()) <= 400, name
+        assert name in ("systems", "oasis", "sdm") or not re.search("OASISGenerator|OASISDiscriminator|SDMUNet", text), name
 
 
 CHECK = """
@@ -62,7 +58,8 @@ def test_rooms_can_be_copied_and_the_loop_of_the_readme_runs(tmp_path):
     for name in ("models", "backbones", "losses"):
         (tmp_path / f"{name}.py").write_text(FILES[name].read_text())
     section = (ROOT / "README.md").read_text().partition("## Use it in your own code")[2]
-    (tmp_path / "loop.py").write_text(re.search(r"```python\n(.*?)```", section, re.S)[1])
+    loop = re.search(r"```python\n(.*?)```", section, re.S)[1].replace("range(10)", "range(2)")  # batches
+    (tmp_path / "loop.py").write_text(loop)
     done = subprocess.run([sys.executable, "-I", "-c", CHECK], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) > 1
+    assert done.stdout.startswith("step 0: generator ")
