@@ -1,4 +1,4 @@
-"""compare.py on runs written by hand, whose figures are known, and on two that are trained."""
+"""compare.py on runs written by hand, whose figures are known, and on one that is trained."""
 
 import argparse
 import csv
