@@ -20,9 +20,8 @@ clone() {  # OWNER/NAME
 }
 
 section_1() {  # quick start, a generator that was not trained, each class in its mean color
-  OMP_NUM_THREADS=2 python train.py --config config.yaml --resume
+  python compare.py --run configs/quickstart.yaml --out results/1
   python train.py --config config.yaml name=untrained train.steps=1 train.lr_generator=0 --resume
-  python compare.py runs/scenes runs/untrained --out results/1
   for split in train val; do
     [ -e "results/1/$split" ] || python data.py export --config config.yaml --split $split --count 256 --out "results/1/$split"
   done
