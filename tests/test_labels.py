@@ -93,6 +93,7 @@ def test_class_table_of_ones_own(tmp_path, dog):
     dataset = build_dataset(settings(tmp_path, classes=str(table)), "train")
     assert dataset.class_names == ["cat", "dog"] and np.array_equal(dataset[0][1], ids(0, 1, 2, 2))
     assert np.array_equal(dataset.form.encode(dataset[0][1].numpy()), ids(40, dog, 7, 7))
+    assert dataset.palette[-1].tolist() == [1, 1, 1]  # of the first row of void
 
 
 def test_default_palette_is_the_voc_map():
