@@ -79,6 +79,17 @@ section_9() {
   for kind in downsample edges random; do
     once 9/$kind.txt python evaluate.py --checkpoint runs/camvid128/checkpoints/best.pt eval.rough=$kind --out results/9/$kind.json
   done
+  python train.py --config configs/camvid.yaml name=augmented loss.augment=1 train.batch_size=4 train.steps=5000 train.eval_every=500 \
+    train.keep=10 --resume
+  python train.py --config configs/camvid.yaml name=roughened loss.augment=1 loss.rough=0.5 train.batch_size=4 train.steps=1500 \
+    train.eval_every=0 --resume
+  python compare.py runs/augmented runs/roughened --step 1500 --out results/9/augmented
+  for run in augmented roughened; do
+    for kind in downsample edges random; do
+      once 9/$run/$kind.txt python evaluate.py --checkpoint runs/$run/checkpoints/0001500.pt eval.rough=$kind \
+        --out results/9/$run/$kind.json
+    done
+  done
 }
 
 for section in ${*:-1 2 3 4 5 6 7 8 9}; do
