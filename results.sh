@@ -19,9 +19,11 @@ clone() {  # OWNER/NAME
   [ -e "official/${1#*/}" ] || git clone "https://github.com/$1" "official/${1#*/}"
 }
 
-section_1() {  # quick start, a generator that was not trained, each class in its mean color
+section_1() {  # quick start with one thread and with two, what was tried beside it, each class in its mean color
   python compare.py --run configs/quickstart.yaml --out results/1
-  python train.py --config config.yaml name=untrained train.steps=1 train.lr_generator=0 --resume
+  for sigmoid in "" "backbone.conditioning=sigmoid loss.diversity=4"; do
+    OMP_NUM_THREADS=2 python train.py --config config.yaml $sigmoid "name=two_threads${sigmoid:+_sigmoid}" --resume
+  done
   for split in train val; do
     [ -e "results/1/$split" ] || python data.py export --config config.yaml --split $split --count 256 --out "results/1/$split"
   done

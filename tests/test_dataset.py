@@ -184,7 +184,9 @@ def test_evenly_spaced():
     (lambda root: (root / "train/images/b.jpg").unlink(), r"labels/b.png: no image .*images/b"),
     (lambda root: [path.unlink() for path in (root / "train/labels").glob("*")], r"a.jpg: no label .* \(1 more such files\)"),
     (lambda root: put(root / "train/images/b.png", RGB), r"images/b.jpg and .*images/b.png are both called b; remove"),
-    (lambda root: (root / "train").rename(root / "Train"), r"no folders train/images and train/labels .*set data.root")])
+    (lambda root: (root / "train").rename(root / "Train"), r"no folders train/images and train/labels .*set data.root"),
+    (lambda root: put(root / "train/labels/b.jpg", ids(0)) and (root / "train/labels/b.png").unlink(),
+     r"images/b.jpg: no label map .*labels/b.png \(PNG, as JPEG changes ids\)")])
 def test_folder_errors_at_construction(tmp_path, spoil, message):
     spoil(tree(tmp_path, ids(0)))
     with pytest.raises(UserError, match=message):

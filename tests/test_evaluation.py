@@ -8,7 +8,7 @@ import torch
 import torch.multiprocessing as mp
 
 from augment import roughen
-from config import check_settings
+from config import UserError, check_settings
 from dataset import build_dataset
 from evaluation import build_judges, evaluate_generator, higher_is_better, judge, metric_names
 from interface import noise, sample_seed
@@ -118,3 +118,8 @@ def test_rough_label_maps_are_for_the_generator_alone(tmp_path, monkeypatch):
     for maps, seeds, _ in got:
         assert torch.equal(maps, torch.stack([roughen(true[seed], "random", 12, seed) for seed in seeds]))
     assert torch.equal(torch.cat(judged[1::2]), torch.stack(list(true.values())))  # in turns with the real images
+
+
+def test_one_image_is_too_few():
+    with pytest.raises(UserError, match="eval.num_images is 1, val has 500: distances need at least 2"):
+        build_judges(SETTINGS.eval.model_copy(update={"num_images": 1}), DATASET, "cpu")

@@ -10,6 +10,7 @@ import sys
 import tempfile
 import threading
 import time
+import tracemalloc
 from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -191,6 +192,23 @@ def test_a_newer_request_of_a_page_ends_its_older_one(folder):
         older.result()
     assert time.perf_counter() - begun < whole / 2  # it ended in the middle
     assert newest.result() == other.result() == alone
+
+
+def test_many_quick_requests_leave_threads_and_memory_as_they_were(server):
+    """Of ten tabs; two requests of the same tab end each other's. A picture that stayed of each would be 1.2 MB."""
+    draw = lambda i: ask(server.server_port, f"/draw?page=tab{i % 10}&seed={i}", LABEL.tobytes())[0]
+    with ThreadPoolExecutor(10) as pool:
+        assert set(pool.map(draw, range(100))) <= {200, 400}
+        threads = threading.active_count()
+        tracemalloc.start()
+        before, answers = tracemalloc.get_traced_memory()[0], list(pool.map(draw, range(300)))
+        end = time.monotonic() + 10
+        while threading.active_count() > threads:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        grown = tracemalloc.get_traced_memory()[0] - before
+        tracemalloc.stop()
+    assert 200 in answers and set(answers) <= {200, 400} and grown < 100 * 32 * 32 * 4
 
 
 def test_the_script_opens_the_page_until_ctrl_c(folder, monkeypatch, tmp_path):
