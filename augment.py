@@ -1,16 +1,17 @@
-"""What is changed at random in training: the pairs that a discriminator sees, and the label maps that a generator gets.
+"""What is changed in pictures: the pairs that a discriminator sees, and the label maps that a generator gets.
 
 A discriminator learns a few hundred images by heart; if every pair of image and label map is moved and recolored at random,
 real and generated images alike, it cannot [Zhao et al., "Differentiable Augmentation for Data-Efficient GAN Training",
 NeurIPS 2020]. What belongs together moves together: a real image, its label map, and the images generated from that map share
 one row of `draws`. The generator's own images stay as they are, so that nothing of it shows in samples.
 
-People draw without thin parts and exact edges. A generator that got roughened label maps in training, while the discriminator
-judged by the true ones, serves them better.
+People draw without thin parts and exact edges. `roughen` does so to a label map, in training (the discriminator judges by the
+true one) or in evaluation; `fill_void` takes the holes out of one that is drawn.
 """
 
 import torch
 import torch.nn.functional as F
+from scipy import ndimage
 
 DRAWS = 5  # numbers an image: shift down and right, brightness, saturation, contrast
 SHIFT = 1 / 8  # the largest shift, as a share of the side
@@ -71,3 +72,12 @@ def roughen(label_map: torch.Tensor, kind: str, void: int, seed: int) -> torch.T
         draws = torch.rand(label_map.shape, generator=torch.Generator().manual_seed(seed))
         return label_map.masked_fill((draws < 0.1).to(label_map.device), void)
     raise ValueError(f"{kind!r} is no way to roughen a label map; there are {', '.join(ROUGH)}")
+
+
+def fill_void(label_map: torch.Tensor, void: int) -> torch.Tensor:
+    """Give each void pixel the label of the nearest pixel that has one; (H, W) int64. A map that is all void stays so."""
+    empty = (label_map == void).cpu().numpy()
+    if empty.all():
+        return label_map
+    nearest = ndimage.distance_transform_edt(empty, return_distances=False, return_indices=True)
+    return label_map[tuple(torch.from_numpy(nearest).long().to(label_map.device))]

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import metrics as formulas
-from augment import roughen
+from augment import fill_void, roughen
 from checkpoint import save_checkpoint
 from config import EvalSettings, Settings, UserError
 from dataset import LabeledImages, evenly_spaced, leave_signals_to_parent
@@ -146,6 +146,8 @@ def evaluate_generator(generate: Callable[..., torch.Tensor], dataset: LabeledIm
         seeds, maps = [sample_seed(settings.seed, index) for index in places], labels
         if given.rough != "none":
             maps = torch.stack([roughen(label_map, given.rough, num_classes, s) for label_map, s in zip(labels, seeds)])
+        if given.fill_void:
+            maps = torch.stack([fill_void(label_map, num_classes) for label_map in maps])
         fakes = generate(maps, seeds, 0, *instances)
         views = []
         chosen = [i for i, index in enumerate(places) if index in diverse]
@@ -174,6 +176,7 @@ def evaluate_generator(generate: Callable[..., torch.Tensor], dataset: LabeledIm
         "real_image_resize": "bicubic, antialiased, reducing_gap 2; JPEG by draft decoding (Pillow)",
         "label_resize": "nearest",
         **({} if given.rough == "none" else {"rough": given.rough}),
+        **({"fill_void": True} if given.fill_void else {}),
         "features": network.description,
         "kid": {"subsets": given.kid_subsets, "subset_size": given.kid_subset_size},
         "segmenter": segmenter.description,

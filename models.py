@@ -3,6 +3,8 @@
 Tensors are (B, C, H, W). Label maps are int64 (B, H, W): classes 0..C-1, void = C. Images are in [-1, 1].
 """
 
+import math
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -87,6 +89,27 @@ class NoiseCrossAttention(nn.Module):
         return x + self.to_out(out.transpose(1, 2).reshape(x.shape))
 
 
+class PlaneWaves(nn.Module):
+    """Texture for places where a label map is uniform: plane waves whose phases follow from the noise [ours].
+
+    Wave k is sin(direction_k . (y, x) + phase_k . z), of a random direction and a length of 2.5 to 16 pixels. A convolution
+    knows no places: without anything that varies, one label gives one color, or stripes that grow from the borders.
+    """
+
+    def __init__(self, z_dim: int, num_waves: int):
+        super().__init__()
+        angle, length = torch.rand(num_waves) * math.pi, 2.5 * 6.4 ** torch.rand(num_waves)
+        self.register_buffer("direction", 2 * math.pi / length * torch.stack([angle.sin(), angle.cos()]))
+        self.register_buffer("phase", 2 * math.pi / z_dim ** 0.5 * torch.randn(z_dim, num_waves))
+
+    def forward(self, z: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+        """Noise (B, Z) -> (B, num_waves, *size) in [-1, 1], in float32 whatever the autocast."""
+        y, x = (torch.arange(side, device=z.device) for side in size)
+        down, right = self.direction[:, :, None]
+        phase = (z[:, :, None] * self.phase).sum(1)[:, :, None, None]
+        return (phase + (down * y)[:, :, None] + (right * x)[:, None]).sin()
+
+
 class ModulatedBlock(nn.Module):
     """Residual block of the image network: norm(x) * (1 + gamma(m)) + beta(m) before each convolution, m the map features.
 
@@ -117,6 +140,7 @@ class Generator(nn.Module):
         style_dim: width of the mapping network. num_tokens: style tokens at each scale.
         noise: "cross_attention", "concat" (z joins the label embedding at every pixel, as 3D noise) or "none".
         attention_scales: how many of the coarsest scales have self-attention.
+        waves: how many `PlaneWaves` join the map features of each scale; 0 = none, as published.
         checkpointing: in training, recompute each block's inner activations in the backward pass instead of keeping them.
 
     Raises ValueError for arguments that cannot be.
@@ -124,13 +148,16 @@ class Generator(nn.Module):
 
     def __init__(self, num_classes: int, channels: tuple[int, ...] = (64, 128, 256, 512, 512, 512), z_dim: int = 64,
                  style_dim: int = 256, num_tokens: int = 16, noise: str = "cross_attention", attention_scales: int = 2,
-                 checkpointing: bool = False):
+                 waves: int = 0, checkpointing: bool = False):
         super().__init__()
         if noise not in ("cross_attention", "concat", "none"):
             raise ValueError(f"generator.noise is {noise!r}; it is cross_attention, concat or none")
-        if not channels or min(*channels, z_dim, style_dim, num_tokens) < 1 or attention_scales < 0:
+        if waves and noise == "none":
+            raise ValueError(f"generator.waves is {waves}; waves follow from the noise, and generator.noise is none: set 0")
+        if not channels or min(*channels, z_dim, style_dim, num_tokens) < 1 or min(attention_scales, waves) < 0:
             raise ValueError(f"generator.channels is {list(channels)}, z_dim {z_dim}, style_dim {style_dim}, num_tokens "
-                             f"{num_tokens}; give a width for each scale, the finest first, and at least 1 of the others")
+                             f"{num_tokens}, attention_scales {attention_scales}, waves {waves}; give a width for each scale, "
+                             f"the finest first, and at least 1 of the others, 0 of the last two")
         self.num_classes, self.z_dim, self.noise, self.checkpointing = num_classes, z_dim, noise, checkpointing
         self.divisor = 2 ** (len(channels) - 1)
         scales = range(len(channels))
@@ -143,6 +170,8 @@ class Generator(nn.Module):
             self.mapping = nn.Sequential(nn.Linear(z_dim, style_dim), nn.LeakyReLU(0.2),
                                          nn.Linear(style_dim, style_dim), nn.LeakyReLU(0.2))
             self.cross_attention = nn.ModuleList(NoiseCrossAttention(c, style_dim, num_tokens) for c in channels)
+        self.waves = nn.ModuleList(PlaneWaves(z_dim, waves) for _ in channels if waves)
+        self.from_waves = nn.ModuleList(nn.Conv2d(waves, c, 1, bias=False) for c in channels if waves)
         attends = [i >= len(channels) - attention_scales for i in scales]
         self.attention = nn.ModuleList(SelfAttention(c) if a else nn.Identity() for c, a in zip(channels, attends))
         self.down = nn.ModuleList(ResidualBlock(fine, coarse) for coarse, fine in narrow)
@@ -200,13 +229,19 @@ class Generator(nn.Module):
         samples = len(z) // len(label_map)
         if self.noise == "cross_attention":
             features = [f.repeat(samples, 1, 1, 1) for f in self.encode(label_map, z)]
-            style, style2 = self.mapping(z), None if z2 is None else self.mapping(z2)
-            weight = None if region is None else region[:, None].to(features[0].dtype)
-            for i, attend in enumerate(self.cross_attention):
-                weight_i = None if weight is None else F.adaptive_avg_pool2d(weight, features[i].shape[2:])
-                features[i] = attend(features[i], style, style2, weight_i)
         else:
             features = self.encode(label_map.repeat(samples, 1, 1), z, z2, region)
+        weights = [None if region is None else F.adaptive_avg_pool2d(region[:, None].to(f.dtype), f.shape[2:])
+                   for f in features]
+        if self.noise == "cross_attention":
+            style, style2 = self.mapping(z), None if z2 is None else self.mapping(z2)
+            for i, attend in enumerate(self.cross_attention):
+                features[i] = attend(features[i], style, style2, weights[i])
+        for i, (waves, mix) in enumerate(zip(self.waves, self.from_waves)):
+            texture = waves(z, features[i].shape[2:])
+            if region is not None:
+                texture = torch.lerp(texture, waves(z2, features[i].shape[2:]), weights[i].float())
+            features[i] = features[i] + mix(texture)
         x, rgb = self.start(features[-1]), 0
         for i in reversed(range(len(features))):
             if i < len(features) - 1:

@@ -1,6 +1,6 @@
 """Label maps to images: python sample.py --labels DIR [--checkpoint FILE] [--out DIR] [--num K] [--seed S] [--grid]
-                                      [--resample CLASS] [--interpolate N] [--config FILE] [--noise image|class|pixel]
-                                      [--steps N] [--guidance S] [--instances DIR]
+                                      [--resample CLASS] [--interpolate N] [--fill-void] [--config FILE]
+                                      [--noise image|class|pixel] [--steps N] [--guidance S] [--instances DIR]
 
 DIR holds label maps as PNG: class ids as the data set that the model was trained on spells them (8-bit L or P), or RGB
 in the model's palette. They may have any size and are resized (nearest) to the size the model was trained at, which is
@@ -25,6 +25,7 @@ import torch.distributed as dist
 from PIL import Image
 from tqdm import tqdm
 
+from augment import fill_void
 from checkpoint import load_generator, newest_checkpoint
 from config import UserError, run_script
 from dataset import read_instance_map
@@ -101,6 +102,8 @@ def main(arguments: argparse.Namespace) -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     for path in tqdm(share, unit="map", disable=rank != 0):
         maps = [m.to(device) for m in read_maps(path, state, size, arguments.instances)]
+        if arguments.fill_void:
+            maps[0] = fill_void(maps[0][0], len(state["class_names"]))[None]
         key, images = (arguments.seed, zlib.crc32(path.stem.encode())), []
         for name, image in zip(names[path], system.draw(generator, maps, key, arguments)):
             images.append(image.permute(1, 2, 0).cpu().numpy())
@@ -129,6 +132,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--resample", metavar="CLASS", help="redraw only what this class shows; the rest is as without it")
     parser.add_argument("--interpolate", type=int, default=0, metavar="N",
                         help="N images from one noise to another; with --resample the class is redrawn in each")
+    parser.add_argument("--fill-void", action="store_true", help="give unlabelled pixels the nearest label first")
     parser.add_argument("--config", type=Path, metavar="FILE", help="configuration of an official checkpoint")
     parser.add_argument("--noise", choices=("image", "class", "pixel"), default="image",
                         help="OASIS: one noise vector for the image, for each class in it, or for each pixel")

@@ -4,7 +4,7 @@ from conftest import TINY, trainer_of
 from PIL import Image
 from scipy import ndimage
 
-from augment import recolor, roughen, shift
+from augment import fill_void, recolor, roughen, shift
 
 
 def draws(*rows):
@@ -65,3 +65,17 @@ def test_rough_label_maps_by_pillow_and_numpy():
     changed = (rough != label_map).numpy()
     assert abs(changed.mean() - 0.1) < 5 * (0.1 * 0.9 / changed.size) ** 0.5 and (rough[changed] == 5).all()
     assert not torch.equal(rough, roughen(label_map, "random", 5, 1))
+
+
+def test_void_takes_the_nearest_label():
+    """Against a search through all labelled pixels: the label is one of the nearest. A map of void alone stays."""
+    label_map = torch.randint(0, 6, (24, 20))
+    label_map[5:15, 3:12] = 5
+    filled = fill_void(label_map, 5)
+    known = (label_map < 5).nonzero()
+    for y, x in torch.cartesian_prod(torch.arange(24), torch.arange(20)):
+        away = (known - torch.stack([y, x])).square().sum(1)
+        nearest = known[away == away.min()]
+        assert filled[y, x] in label_map[tuple(nearest.T)]
+    assert torch.equal(filled[label_map < 5], label_map[label_map < 5])
+    assert (fill_void(torch.full((4, 4), 5), 5) == 5).all()

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from augment import roughen
+from augment import fill_void, roughen
 from config import UserError, check_settings
 from dataset import build_dataset
 from evaluation import build_judges, evaluate_generator, higher_is_better, judge, metric_names
@@ -112,12 +112,14 @@ def test_rough_label_maps_are_for_the_generator_alone(tmp_path, monkeypatch):
     got, judged = [], []
     monkeypatch.setattr("evaluation.judge", lambda images, labels, *more: judged.append(labels) or judge(images, labels, *more))
     spy = lambda label_map, seeds, k: got.append((label_map, seeds, k)) or painted(label_map, seeds, k)
-    metrics = measure(tmp_path, rough="random", generate=spy)
-    assert metrics["protocol"]["rough"] == "random" and {k for *_, k in got} == {0, 1, 2}
     true = {sample_seed(5, index): DATASET[index][1].long() for index in INDICES}
-    for maps, seeds, _ in got:
-        assert torch.equal(maps, torch.stack([roughen(true[seed], "random", 12, seed) for seed in seeds]))
-    assert torch.equal(torch.cat(judged[1::2]), torch.stack(list(true.values())))  # in turns with the real images
+    for change, after in (({}, lambda x: x), ({"fill_void": True}, lambda x: fill_void(x, 12))):
+        got.clear(), judged.clear()
+        metrics = measure(tmp_path / str(len(change)), rough="random", generate=spy, **change)
+        assert {"rough": "random", **change}.items() <= metrics["protocol"].items() and {k for *_, k in got} == {0, 1, 2}
+        for maps, seeds, _ in got:
+            assert torch.equal(maps, torch.stack([after(roughen(true[seed], "random", 12, seed)) for seed in seeds]))
+        assert torch.equal(torch.cat(judged[1::2]), torch.stack(list(true.values())))  # in turns with the real images
 
 
 def test_one_image_is_too_few():

@@ -1,12 +1,13 @@
 from functools import partial
 from unittest import mock
 
+import numpy as np
 import pytest
 import timm
 import torch
 
 from backbones import Backbone
-from models import Discriminator, Generator
+from models import Discriminator, Generator, PlaneWaves
 
 SMALL = dict(channels=(8, 16, 16), z_dim=8, style_dim=16, num_tokens=4, attention_scales=1)
 PLAIN = ["vit_small_patch14_dinov2", "vit_small_patch16_dinov3", "vit_xsmall_patch16_clip_224",
@@ -21,10 +22,10 @@ def narrow(name: str, pretrained: bool = False, **options) -> Backbone:
         return Backbone(name, pretrained, **options)
 
 
-@pytest.mark.parametrize("noise", ["cross_attention", "concat", "none"])
-def test_samples_and_regions(noise):
+@pytest.mark.parametrize("noise, waves", [("cross_attention", 0), ("cross_attention", 4), ("concat", 4), ("none", 0)])
+def test_samples_and_regions(noise, waves):
     """Rows 2 and 3 are other samples of the same maps; the second noise everywhere gives those, nowhere the first ones."""
-    generator = Generator(5, noise=noise, **SMALL)
+    generator = Generator(5, noise=noise, waves=waves, **SMALL)
     label_map, z = torch.randint(0, 6, (2, 32, 64)), torch.randn(4, 8)
     image = generator(label_map, z)
     assert image.shape == (4, 3, 32, 64) and image.abs().max() <= 1
@@ -34,6 +35,30 @@ def test_samples_and_regions(noise):
     assert torch.allclose(generator(label_map, *z.chunk(2), ~everywhere), image[:2], atol=1e-5)
     images = generator(torch.arange(6)[:, None, None].expand(6, 32, 32), z[:1].repeat(6, 1))
     assert all(not torch.allclose(images[5], image) for image in images[:5])  # void has an embedding of its own
+
+
+def test_plane_waves():
+    """Against the formula, pixel by pixel; the lengths, in pixels, reach from 2.5 to 16, and directions all around."""
+    waves, z = PlaneWaves(8, 2000), torch.randn(2, 8)
+    down, right = waves.direction.double().numpy()
+    lengths = 2 * np.pi / np.hypot(down, right)
+    assert 2.49 < lengths.min() < 2.6 and 15.4 < lengths.max() < 16.01 and abs((lengths < 6.4).mean() - .507) < 0.06
+    assert np.histogram(np.arctan2(down, right), 4, (0, np.pi))[0].min() > 400
+    phase = z.double().numpy() @ waves.phase.double().numpy()
+    field = waves(z, (3, 40))
+    for place in ((0, 0, 0, 0), (1, 7, 2, 39), (0, 5, 1, 20)):
+        b, k, y, x = place
+        assert abs(field[place].item() - np.sin(down[k] * y + right[k] * x + phase[b, k])) < 1e-4
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(waves(z, (3, 40)), field)
+
+
+def test_waves_fill_uniform_places():
+    """Far from the borders one label has one color without waves, and texture with them."""
+    label_map, z = torch.ones(1, 96, 96, dtype=torch.int64), torch.randn(1, 8)
+    spread = [Generator(5, waves=waves, **SMALL | dict(attention_scales=0))(label_map, z)[..., 40:56, 40:56].std((2, 3)).max()
+              for waves in (0, 4)]
+    assert spread[0] < 1e-5 and spread[1] > 1e-3
 
 
 def test_checkpointing_keeps_less_and_changes_no_gradient():

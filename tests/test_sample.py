@@ -63,6 +63,19 @@ def test_ids_colors_palette_files_and_other_sizes_give_the_same_image(call, mode
         assert np.array_equal(pixels(model / f"{name}_out/scene.png"), pixels(model / "ids_out/scene.png"))
 
 
+def test_void_is_filled_where_asked(call, model):
+    """A map with a hole of void gives, with --fill-void, the image of the map without the hole."""
+    label = np.full((64, 64), scenes.GRASS, np.uint8)
+    for name, hole in (("whole", scenes.GRASS), ("hole", scenes.VOID)):
+        (model / name).mkdir()
+        label[20:30, 8:50] = hole
+        Image.fromarray(label).save(model / name / "scene.png")
+    for name, *options in (("whole",), ("hole", "--fill-void"), ("hole",)):
+        call("sample.py", "--labels", name, "--out", f"{name}_{len(options)}", *options)
+    assert np.array_equal(pixels(model / "whole_0/scene.png"), pixels(model / "hole_1/scene.png"))
+    assert not np.array_equal(pixels(model / "whole_0/scene.png"), pixels(model / "hole_0/scene.png"))
+
+
 def test_a_class_table_travels_in_the_checkpoint(call, tmp_path):
     """Ids are those of a file that is gone."""
     table = tmp_path / "mine.csv"
