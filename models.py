@@ -92,13 +92,13 @@ class NoiseCrossAttention(nn.Module):
 class PlaneWaves(nn.Module):
     """Texture for places where a label map is uniform: plane waves whose phases follow from the noise [ours].
 
-    Wave k is sin(direction_k . (y, x) + phase_k . z), of a random direction and a length of 2.5 to 16 pixels. A convolution
+    Wave k is sin(direction_k . (y, x) + phase_k . z), of a random direction and a length of 2.5 to 8 pixels. A convolution
     knows no places: without anything that varies, one label gives one color, or stripes that grow from the borders.
     """
 
     def __init__(self, z_dim: int, num_waves: int):
         super().__init__()
-        angle, length = torch.rand(num_waves) * math.pi, 2.5 * 6.4 ** torch.rand(num_waves)
+        angle, length = torch.rand(num_waves) * math.pi, 2.5 * 3.2 ** torch.rand(num_waves)
         self.register_buffer("direction", 2 * math.pi / length * torch.stack([angle.sin(), angle.cos()]))
         self.register_buffer("phase", 2 * math.pi / z_dim ** 0.5 * torch.randn(z_dim, num_waves))
 
