@@ -30,7 +30,7 @@ from dataset import build_dataset, evenly_spaced
 from distributed import hold
 from evaluation import higher_is_better
 from interface import sample_seed
-from plots import draw_curves, draw_strips, is_headline, read_records
+from plots import draw_curves, draw_exchange, draw_strips, is_headline, read_records
 from systems import system_for
 
 TRAIN = Path(__file__).parent / "train.py"
@@ -312,6 +312,10 @@ def main(arguments: argparse.Namespace) -> None:
     if out:
         curves = {" ".join(row): [run.metrics + run.log for run in members] for row, members in groups.items()}
         draw_curves(curves, out / "curves.png", "minutes" if arguments.time else "step")
+        distance, diversity = (next((name for name in metric_names(runs) if test(name)), "") for test in (
+            lambda name: name.startswith(("fid", "fd_")), lambda name: "_diversity" in name))
+        draw_exchange({" ".join(row): [run.evaluation("last") for run in members] for row, members in groups.items()},
+                      diversity, distance, out / "exchange.png")
         notes += draw_pictures(runs, out / "pictures.png", arguments.step)
         with whole_file(out / "table.csv") as path, open(path, "w", newline="") as file:
             writer = csv.DictWriter(file, dict.fromkeys(key for row in values for key in row))
@@ -320,7 +324,7 @@ def main(arguments: argparse.Namespace) -> None:
         for name, text in {"table.md": "\n\n".join([markdown(rows), *notes]), "table.tex": latex(rows)}.items():
             with whole_file(out / name) as path:
                 path.write_text(text + "\n")
-        notes.append(f"wrote {out}/table.md, table.csv, table.tex, curves.png, pictures.png")
+        notes.append(f"wrote {out}/table.md, table.csv, table.tex, curves.png, exchange.png, pictures.png")
     print(markdown(rows), *notes, sep="\n")
 
 
@@ -331,7 +335,8 @@ if __name__ == "__main__":
     parser.add_argument("--print", action="store_true", help="with --run: only print the commands, for a scheduler")
     parser.add_argument("--step", type=int, help="compare at this step too, and draw pictures with its checkpoints")
     parser.add_argument("--metric", help="which picks the best evaluation; else eval.metric of each run")
-    parser.add_argument("--out", type=Path, help="folder for table.md, .csv and .tex, curves.png and pictures.png")
+    parser.add_argument("--out", type=Path, help="folder for table.md, .csv and .tex, curves.png, exchange.png (distance "
+                        "against diversity) and pictures.png")
     parser.add_argument("--time", action="store_true", help="curves against minutes")
     arguments = parser.parse_intermixed_args()
     if bool(arguments.run) == bool(arguments.runs):

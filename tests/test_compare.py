@@ -141,6 +141,15 @@ def test_curves_show_metrics_and_losses(four_runs, tmp_path, monkeypatch):
     assert plots.read_records(four_runs[0] / "log.jsonl") == records[1]
 
 
+def test_one_metric_against_another(tmp_path, monkeypatch):
+    """A point a record and, larger, their mean; a record without one of the two, and a group without any, have none."""
+    drawn = []
+    monkeypatch.setattr("matplotlib.axes.Axes.scatter", lambda panel, x, y, **look: drawn.append([*map(list, (x, y))]))
+    groups = {"a": [{"x": 1, "y": 10}, {"x": 2, "y": 30}, {"x": 3}], "b": [{}]}
+    plots.draw_exchange(groups, "x", "y", tmp_path / "exchange.png")
+    assert drawn == [[[1, 2], [10, 30]], [[1.5], [20]], [[], []], [[], []]] and (tmp_path / "exchange.png").exists()
+
+
 def test_pictures_are_those_of_the_generators(train, tiny_config, tmp_path):
     train(tiny_config, "name=a", "train.steps=1", "eval.num_images=4", "eval.diversity_samples=0")
     other = write_run(tmp_path / "runs/b", [])
