@@ -1,4 +1,4 @@
-"""What is changed in pictures: the pairs that a discriminator sees, and the label maps that a generator gets.
+"""Changes to images and label maps: the pairs that a discriminator sees, and the label maps that a generator gets.
 
 A discriminator learns a few hundred images by heart; if every pair of image and label map is moved and recolored at random,
 real and generated images alike, it cannot [Zhao et al., "Differentiable Augmentation for Data-Efficient GAN Training",
@@ -6,7 +6,7 @@ NeurIPS 2020]. What belongs together moves together: a real image, its label map
 one row of `draws`. The generator's own images stay as they are, so that nothing of it shows in samples.
 
 People draw without thin parts and exact edges. `roughen` does so to a label map, in training (the discriminator judges by the
-true one) or in evaluation; `fill_void` takes the holes out of one that is drawn.
+true one) or in evaluation; `fill_void` gives void pixels the nearest label.
 """
 
 import torch
@@ -75,7 +75,7 @@ def roughen(label_map: torch.Tensor, kind: str, void: int, seed: int) -> torch.T
 
 
 def fill_void(label_map: torch.Tensor, void: int) -> torch.Tensor:
-    """Give each void pixel the label of the nearest pixel that has one; (H, W) int64. A map that is all void stays so."""
+    """Give void pixels the label of the nearest pixel that has one; (H, W) or (1, H, W) int64. A map of void alone stays."""
     empty = (label_map == void).cpu().numpy()
     if empty.all():
         return label_map

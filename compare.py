@@ -312,10 +312,10 @@ def main(arguments: argparse.Namespace) -> None:
     if out:
         curves = {" ".join(row): [run.metrics + run.log for run in members] for row, members in groups.items()}
         draw_curves(curves, out / "curves.png", "minutes" if arguments.time else "step")
-        distance, diversity = (next((name for name in metric_names(runs) if test(name)), "") for test in (
-            lambda name: name.startswith(("fid", "fd_")), lambda name: "_diversity" in name))
-        draw_exchange({" ".join(row): [run.evaluation("last") for run in members] for row, members in groups.items()},
-                      diversity, distance, out / "exchange.png")
+        distance = next((name for name in metric_names(runs) if name.startswith(("fid", "fd_"))), "no distance")
+        diversity = next((name for name in metric_names(runs) if "_diversity" in name), "no diversity")
+        records = {" ".join(row): [run.evaluation("last") for run in members] for row, members in groups.items()}
+        draw_exchange(records, diversity, distance, out / "exchange.png")
         notes += draw_pictures(runs, out / "pictures.png", arguments.step)
         with whole_file(out / "table.csv") as path, open(path, "w", newline="") as file:
             writer = csv.DictWriter(file, dict.fromkeys(key for row in values for key in row))

@@ -92,8 +92,9 @@ class NoiseCrossAttention(nn.Module):
 class PlaneWaves(nn.Module):
     """Texture for places where a label map is uniform: plane waves whose phases follow from the noise [ours].
 
-    Wave k is sin(direction_k . (y, x) + phase_k . z), of a random direction and a length of 2.5 to 8 pixels. A convolution
-    knows no places: without anything that varies, one label gives one color, or stripes that grow from the borders.
+    Wave k is sin(direction_k . (y, x) + phase_k . z), of a random direction and a length of 2.5 to 8 pixels of its scale;
+    direction (2, K) and phase (Z, K) are drawn once and kept in the checkpoint. A convolution knows no places: without
+    waves one label gives one color, or stripes that grow from the borders.
     """
 
     def __init__(self, z_dim: int, num_waves: int):
@@ -140,7 +141,7 @@ class Generator(nn.Module):
         style_dim: width of the mapping network. num_tokens: style tokens at each scale.
         noise: "cross_attention", "concat" (z joins the label embedding at every pixel, as 3D noise) or "none".
         attention_scales: how many of the coarsest scales have self-attention.
-        waves: how many `PlaneWaves` join the map features of each scale; 0 = none, as published.
+        waves: how many `PlaneWaves` join the map features of each scale; 0 = none, as published, and with noise "none".
         checkpointing: in training, recompute each block's inner activations in the backward pass instead of keeping them.
 
     Raises ValueError for arguments that cannot be.
@@ -153,7 +154,7 @@ class Generator(nn.Module):
         if noise not in ("cross_attention", "concat", "none"):
             raise ValueError(f"generator.noise is {noise!r}; it is cross_attention, concat or none")
         if waves and noise == "none":
-            raise ValueError(f"generator.waves is {waves}; waves follow from the noise, and generator.noise is none: set 0")
+            raise ValueError(f"generator.noise is none, and waves follow from the noise; set generator.waves=0 (now {waves})")
         if not channels or min(*channels, z_dim, style_dim, num_tokens) < 1 or min(attention_scales, waves) < 0:
             raise ValueError(f"generator.channels is {list(channels)}, z_dim {z_dim}, style_dim {style_dim}, num_tokens "
                              f"{num_tokens}, attention_scales {attention_scales}, waves {waves}; give a width for each scale, "

@@ -21,8 +21,9 @@ clone() {  # OWNER/NAME
 
 section_1() {  # quick start with one thread and with two, what was tried beside it, each class in its mean color
   python compare.py --run configs/quickstart.yaml --out results/1
-  for sigmoid in "" "backbone.conditioning=sigmoid loss.diversity=4"; do
-    OMP_NUM_THREADS=2 python train.py --config config.yaml $sigmoid "name=two_threads${sigmoid:+_sigmoid}" --resume
+  for run in two_threads "two_threads_no_waves generator.waves=0" \
+      "two_threads_sigmoid generator.waves=0 backbone.conditioning=sigmoid loss.diversity=4"; do
+    OMP_NUM_THREADS=2 python train.py --config config.yaml name=$run --resume
   done
   for split in train val; do
     [ -e "results/1/$split" ] || python data.py export --config config.yaml --split $split --count 256 --out "results/1/$split"
@@ -69,7 +70,7 @@ section_6() {
 
 section_7() {
   for change in train.batch_size=4 train.batch_size=8 train.batch_size=16 data.size=128 data.size=256; do
-    once 7/$change.txt python bench.py --config config.yaml --steps 4 $change
+    once 7/$change.txt python bench.py --config config.yaml --steps 4 generator.waves=0 $change
   done
 }
 
@@ -77,16 +78,20 @@ section_8() { once 8/tests.txt python -m pytest -m slow -s; }
 
 section_9() {
   python train.py --config configs/camvid128.yaml --resume
-  python compare.py runs/camvid128 --out results/9
-  for kind in downsample edges random; do
-    once 9/$kind.txt python evaluate.py --checkpoint runs/camvid128/checkpoints/best.pt eval.rough=$kind --out results/9/$kind.json
+  python train.py --config configs/camvid128.yaml name=camvid128_no_waves generator.waves=0 --resume
+  python compare.py runs/camvid128 runs/camvid128_no_waves --out results/9
+  for kind in none downsample edges random; do
+    for fill in false true; do
+      once 9/${kind}_$fill.txt python evaluate.py --checkpoint runs/camvid128/checkpoints/best.pt eval.rough=$kind \
+        eval.fill_void=$fill --out results/9/${kind}_$fill.json
+    done
   done
-  python train.py --config configs/camvid.yaml name=augmented loss.augment=1 train.batch_size=4 train.steps=5000 train.eval_every=500 \
-    train.keep=10 --resume
-  python train.py --config configs/camvid.yaml name=roughened loss.augment=1 loss.rough=0.5 train.batch_size=4 train.steps=1500 \
-    train.eval_every=0 --resume
-  python compare.py runs/augmented runs/roughened --step 1500 --out results/9/augmented
-  for run in augmented roughened; do
+  small="--config configs/camvid.yaml loss.augment=1 train.batch_size=4 --resume"
+  python train.py $small name=augmented train.steps=6000
+  python train.py $small name=augmented_no_waves generator.waves=0 train.steps=5000 train.eval_every=500 train.keep=10
+  python train.py $small name=roughened generator.waves=0 loss.rough=0.5 train.steps=1500 train.eval_every=0
+  python compare.py runs/augmented runs/augmented_no_waves runs/roughened --out results/9/augmented
+  for run in augmented_no_waves roughened; do
     for kind in downsample edges random; do
       once 9/$run/$kind.txt python evaluate.py --checkpoint runs/$run/checkpoints/0001500.pt eval.rough=$kind \
         --out results/9/$run/$kind.json

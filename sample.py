@@ -103,7 +103,7 @@ def main(arguments: argparse.Namespace) -> None:
     for path in tqdm(share, unit="map", disable=rank != 0):
         maps = [m.to(device) for m in read_maps(path, state, size, arguments.instances)]
         if arguments.fill_void:
-            maps[0] = fill_void(maps[0][0], len(state["class_names"]))[None]
+            maps[0] = fill_void(maps[0], len(state["class_names"]))
         key, images = (arguments.seed, zlib.crc32(path.stem.encode())), []
         for name, image in zip(names[path], system.draw(generator, maps, key, arguments)):
             images.append(image.permute(1, 2, 0).cpu().numpy())

@@ -51,6 +51,9 @@ def test_plane_waves():
         assert abs(field[place].item() - np.sin(down[k] * y + right[k] * x + phase[b, k])) < 1e-4
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(waves(z, (3, 40)), field)
+        region = torch.rand(2, 32, 32) < 0.5
+        image = Generator(5, waves=4, **SMALL)(torch.ones(2, 32, 32, dtype=torch.int64), z, z.flip(0), region)
+    assert image.isfinite().all()
 
 
 def test_waves_fill_uniform_places():
