@@ -79,7 +79,7 @@ def test_withheld_label_maps_and_time_steps_are_drawn_for_every_place():
 def sample_images(folder, out: str, **options):
     """sample.py on folder/labels within this process."""
     given = {**sample.DEFAULTS, "labels": folder / "labels", "out": folder / out, "checkpoint": None, "num": 1,
-             "seed": 0, "grid": False, "config": None, **options}
+             "seed": 0, "grid": False, "fill_void": False, "config": None, **options}
     sample.main(argparse.Namespace(**given))
     return {path.name: np.asarray(Image.open(path)).astype(int) for path in sorted((folder / out).iterdir())}
 

@@ -194,7 +194,8 @@ def label_maps(tmp_path) -> Path:
 def test_sample_shares_label_maps_with_identical_images(train, config, tmp_path, label_maps):
     """Three maps over four processes, so that one has none."""
     train(config, "train.steps=1")
-    options = {**sample.DEFAULTS, "labels": label_maps, "checkpoint": None, "num": 2, "seed": 0, "grid": True, "config": None}
+    options = {**sample.DEFAULTS, "labels": label_maps, "checkpoint": None, "num": 2, "seed": 0, "grid": True, "config": None,
+               "fill_void": False}
     sample.main(SimpleNamespace(**options, out=Path("one")))
     together(tmp_path, 4, sample.main, SimpleNamespace(**options, out=Path("four")))
     names = sorted(path.name for path in (tmp_path / "one").iterdir())
