@@ -32,7 +32,8 @@ def test_rounding_spares_the_waves(runtime, tmp_path, capsys):
     generator = {"channels": [8, 16], "z_dim": 8, "style_dim": 16, "attention_scales": 0, "waves": 64}
     checkpoint = write_checkpoint(tmp_path / "latest.pt", generator=generator, data={**TINY["data"], "size": 128})
     export.main(Namespace(checkpoint=checkpoint, config=None, out=tmp_path / "page", runtime=runtime))
-    session = onnxruntime.InferenceSession(tmp_path / "page/model.onnx")
+    said, session = capsys.readouterr().out, onnxruntime.InferenceSession(tmp_path / "page/model.onnx")
+    assert "float16 weights, which are kept" in said
     inputs = {"label_map": torch.randint(13, (1, 128, 128)), "z": torch.randn(1, 8), "z2": torch.randn(1, 8),
               "region": torch.zeros(1, 128, 128, dtype=torch.bool)}
     image = session.run(["image"], {key: value.numpy() for key, value in inputs.items()})[0]
