@@ -141,9 +141,12 @@ class Backbone(nn.Module):
         with torch.autocast(x.device.type, torch.bfloat16) if self.bf16 else contextlib.nullcontext():
             try:
                 features = self.network.forward_intermediates(x, **options)
-            except AssertionError as error:  # BEiT and others take one size alone
+            except (AssertionError, RuntimeError) as error:  # BEiT, PiT, LeViT and others take one size alone
+                if isinstance(error, torch.OutOfMemoryError):
+                    raise
                 raise ValueError(f"backbone.name is {self.name!r}: it takes no images of {x.shape[2]} x {x.shape[3]} "
-                                 f"({error}); choose another, or a backbone.input_scale that gives its size") from error
+                                 f"({' '.join(str(error).split()):.120}); choose another, or a backbone.input_scale that gives "
+                                 f"its size") from error
         if self.patch:
             features = [F.interpolate(f.float(), [-(-side // stride) for side in size], mode="bilinear", antialias=True)
                         for f, stride in zip(features, self.strides)]

@@ -100,6 +100,8 @@ def test_a_network_of_one_size_says_so():
     image = torch.zeros(1, 3, 64, 64)
     with pytest.raises(ValueError, match=f"^backbone.name is '{BEIT}': [^\n]*64 x 64[^\n]*224[^\n]*$"):
         narrow(BEIT)(image)
+    with pytest.raises(ValueError, match="^backbone.name is 'levit_128s': it takes no images of 64 x 64 "):
+        Backbone("levit_128s", pretrained=False)(image)
     assert len(narrow(BEIT, input_scale=3.5)(image)) == 4
 
 
