@@ -19,12 +19,9 @@ clone() {  # OWNER/NAME
   [ -e "official/${1#*/}" ] || git clone "https://github.com/$1" "official/${1#*/}"
 }
 
-section_1() {  # quick start with one thread and with two, what was tried beside it, each class in its mean color
+section_1() {  # quick start with one thread and with two, each class in its mean color
   python compare.py --run configs/quickstart.yaml --out results/1
-  for run in two_threads "two_threads_no_waves generator.waves=0" \
-      "two_threads_sigmoid generator.waves=0 backbone.conditioning=sigmoid loss.diversity=4"; do
-    OMP_NUM_THREADS=2 python train.py --config config.yaml name=$run --resume
-  done
+  OMP_NUM_THREADS=2 python train.py --config config.yaml name=two_threads --resume
   for split in train val; do
     [ -e "results/1/$split" ] || python data.py export --config config.yaml --split $split --count 256 --out "results/1/$split"
   done
@@ -44,7 +41,7 @@ END
     --config config.yaml --out results/1/painted.json
 }
 
-section_2() { python compare.py --run configs/diversity.yaml --out results/2; }
+section_2() { python compare.py --run configs/ablation.yaml --out results/2; }
 
 section_3() {
   python compare.py --run configs/systems.yaml --out results/3
@@ -54,58 +51,56 @@ section_3() {
   done
 }
 
-section_4() { python compare.py --run configs/ablation.yaml --out results/4; }
-
-section_5() {
-  OMP_NUM_THREADS=2 once 5/cost.txt python bench.py --steps 0 --config configs/ade20k.yaml --config configs/oasis_ade20k.yaml \
+section_4() {
+  OMP_NUM_THREADS=2 once 4/cost.txt python bench.py --steps 0 --config configs/ade20k.yaml --config configs/oasis_ade20k.yaml \
     --config configs/sdm_ade20k.yaml
 }
 
-section_6() {
+section_5() {
   clone boschresearch/OASIS
   clone WeilunWang/semantic-diffusion-model
-  OMP_NUM_THREADS=2 once 6/oasis.txt python bench.py --official official/OASIS
-  OMP_NUM_THREADS=2 once 6/sdm.txt python bench.py --official official/semantic-diffusion-model
+  OMP_NUM_THREADS=2 once 5/oasis.txt python bench.py --official official/OASIS
+  OMP_NUM_THREADS=2 once 5/sdm.txt python bench.py --official official/semantic-diffusion-model
 }
 
-section_7() {
+section_6() {
   for change in train.batch_size=4 train.batch_size=8 train.batch_size=16 data.size=128 data.size=256; do
-    once 7/$change.txt python bench.py --config config.yaml --steps 4 generator.waves=0 $change
+    once 6/$change.txt python bench.py --config config.yaml --steps 4 generator.waves=0 $change
   done
   for config in config configs/camvid128; do
     for waves in 0 64; do
-      once 7/waves_${waves}_$(basename $config).txt python bench.py --config $config.yaml --steps 8 generator.waves=$waves
+      once 6/waves_${waves}_$(basename $config).txt python bench.py --config $config.yaml --steps 8 generator.waves=$waves
     done
   done
 }
 
-section_8() { once 8/tests.txt python -m pytest -m slow -s; }
+section_7() { once 7/tests.txt python -m pytest -m slow -s; }
 
-section_9() {
+section_8() {
   python train.py --config configs/camvid128.yaml train.keep=8 --resume
   python train.py --config configs/camvid128.yaml name=camvid128_no_waves generator.waves=0 train.keep=8 --resume
-  python compare.py runs/camvid128 runs/camvid128_no_waves --out results/9
+  python compare.py runs/camvid128 runs/camvid128_no_waves --out results/8
   for kind in none downsample edges random; do
     for fill in false true; do
-      once 9/${kind}_$fill.txt python evaluate.py --checkpoint runs/camvid128/checkpoints/0001600.pt eval.rough=$kind \
-        eval.fill_void=$fill --out results/9/${kind}_$fill.json
+      once 8/${kind}_$fill.txt python evaluate.py --checkpoint runs/camvid128/checkpoints/0001600.pt eval.rough=$kind \
+        eval.fill_void=$fill --out results/8/${kind}_$fill.json
     done
-    once 9/no_waves_$kind.txt python evaluate.py --checkpoint runs/camvid128_no_waves/checkpoints/0002400.pt eval.rough=$kind \
-      --out results/9/no_waves_$kind.json
+    once 8/no_waves_$kind.txt python evaluate.py --checkpoint runs/camvid128_no_waves/checkpoints/0002400.pt eval.rough=$kind \
+      --out results/8/no_waves_$kind.json
   done
   small="--config configs/camvid.yaml loss.augment=1 train.batch_size=4 --resume"
   python train.py $small name=augmented train.steps=6000
   python train.py $small name=augmented_no_waves generator.waves=0 train.steps=5000 train.eval_every=500 train.keep=10
   python train.py $small name=roughened generator.waves=0 loss.rough=0.5 train.steps=1500 train.eval_every=0
-  python compare.py runs/augmented runs/augmented_no_waves runs/roughened --step 1500 --out results/9/augmented
+  python compare.py runs/augmented runs/augmented_no_waves runs/roughened --step 1500 --out results/8/augmented
   for run in augmented_no_waves roughened; do
     for kind in downsample edges random; do
-      once 9/$run/$kind.txt python evaluate.py --checkpoint runs/$run/checkpoints/0001500.pt eval.rough=$kind \
-        --out results/9/$run/$kind.json
+      once 8/$run/$kind.txt python evaluate.py --checkpoint runs/$run/checkpoints/0001500.pt eval.rough=$kind \
+        --out results/8/$run/$kind.json
     done
   done
 }
 
-for section in ${*:-1 2 3 4 5 6 7 8 9}; do
+for section in ${*:-1 2 3 4 5 6 7 8}; do
   "section_$section"
 done
