@@ -3,8 +3,6 @@
 Tensors are (B, C, H, W). Label maps are int64 (B, H, W): classes 0..C-1, void = C. Images are in [-1, 1].
 """
 
-import math
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -89,26 +87,24 @@ class NoiseCrossAttention(nn.Module):
         return x + self.to_out(out.transpose(1, 2).reshape(x.shape))
 
 
-class PlaneWaves(nn.Module):
-    """Texture for places where a label map is uniform: plane waves whose phases follow from the noise [ours].
+class TextureNoise(nn.Module):
+    """Texture for places where a label map is uniform: channel k is a fixed image of white noise, times z_k [ours].
 
-    Wave k is sin(direction_k . (y, x) + phase_k . z), of a random direction and a length of 2.5 to 8 pixels of its scale;
-    direction (2, K) and phase (Z, K) are drawn once and kept in the checkpoint. A convolution knows no places: without
-    waves one label gives one color, or stripes that grow from the borders.
+    The images are drawn once and kept in the checkpoint. A larger size has them side by side, each time with the channels
+    moved on by one, so that no part is a copy of another. A convolution knows no places: without such noise one label gives
+    one color, or stripes that grow from the borders.
     """
 
-    def __init__(self, z_dim: int, num_waves: int):
+    def __init__(self, z_dim: int, side: int = 64):
         super().__init__()
-        angle, length = torch.rand(num_waves) * math.pi, 2.5 * 3.2 ** torch.rand(num_waves)
-        self.register_buffer("direction", 2 * math.pi / length * torch.stack([angle.sin(), angle.cos()]))
-        self.register_buffer("phase", 2 * math.pi / z_dim ** 0.5 * torch.randn(z_dim, num_waves))
+        self.register_buffer("images", torch.randn(z_dim, side, side))
 
     def forward(self, z: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-        """Noise (B, Z) -> (B, num_waves, *size) in [-1, 1], in float32 whatever the autocast."""
-        y, x = (torch.arange(side, device=z.device) for side in size)
-        down, right = self.direction[:, :, None]
-        phase = (z[:, :, None] * self.phase).sum(1)[:, :, None, None]
-        return (phase + (down * y)[:, :, None] + (right * x)[:, None]).sin()
+        """Noise (B, Z), or (B, Z, *size) where it differs from place to place -> (B, Z, *size)."""
+        rows, columns = (-(-wanted // self.images.shape[-1]) for wanted in size)
+        images = torch.cat([torch.cat([self.images.roll(row * columns + column, 0) for column in range(columns)], 2)
+                            for row in range(rows)], 1)[:, :size[0], :size[1]]
+        return images * (z if z.ndim == 4 else z[:, :, None, None])
 
 
 class ModulatedBlock(nn.Module):
@@ -141,7 +137,7 @@ class Generator(nn.Module):
         style_dim: width of the mapping network. num_tokens: style tokens at each scale.
         noise: "cross_attention", "concat" (z joins the label embedding at every pixel, as 3D noise) or "none".
         attention_scales: how many of the coarsest scales have self-attention.
-        waves: how many `PlaneWaves` join the map features of each scale; 0 = none, as published, and with noise "none".
+        texture: whether `TextureNoise` joins the map features of each scale; False as published, and with noise "none".
         checkpointing: in training, recompute each block's inner activations in the backward pass instead of keeping them.
 
     Raises ValueError for arguments that cannot be.
@@ -149,16 +145,16 @@ class Generator(nn.Module):
 
     def __init__(self, num_classes: int, channels: tuple[int, ...] = (64, 128, 256, 512, 512, 512), z_dim: int = 64,
                  style_dim: int = 256, num_tokens: int = 16, noise: str = "cross_attention", attention_scales: int = 2,
-                 waves: int = 0, checkpointing: bool = False):
+                 texture: bool = False, checkpointing: bool = False):
         super().__init__()
         if noise not in ("cross_attention", "concat", "none"):
             raise ValueError(f"generator.noise is {noise!r}; it is cross_attention, concat or none")
-        if waves and noise == "none":
-            raise ValueError(f"generator.noise is none, and waves follow from the noise; set generator.waves=0 (now {waves})")
-        if not channels or min(*channels, z_dim, style_dim, num_tokens) < 1 or min(attention_scales, waves) < 0:
+        if texture and noise == "none":
+            raise ValueError("generator.noise is none, and texture follows from the noise; set generator.texture=false")
+        if not channels or min(*channels, z_dim, style_dim, num_tokens) < 1 or attention_scales < 0:
             raise ValueError(f"generator.channels is {list(channels)}, z_dim {z_dim}, style_dim {style_dim}, num_tokens "
-                             f"{num_tokens}, attention_scales {attention_scales}, waves {waves}; give a width for each scale, "
-                             f"the finest first, and at least 1 of the others, 0 of the last two")
+                             f"{num_tokens}, attention_scales {attention_scales}; give a width for each scale, the finest "
+                             f"first, and at least 1 of the others, 0 of the last")
         self.num_classes, self.z_dim, self.noise, self.checkpointing = num_classes, z_dim, noise, checkpointing
         self.divisor = 2 ** (len(channels) - 1)
         scales = range(len(channels))
@@ -171,8 +167,8 @@ class Generator(nn.Module):
             self.mapping = nn.Sequential(nn.Linear(z_dim, style_dim), nn.LeakyReLU(0.2),
                                          nn.Linear(style_dim, style_dim), nn.LeakyReLU(0.2))
             self.cross_attention = nn.ModuleList(NoiseCrossAttention(c, style_dim, num_tokens) for c in channels)
-        self.waves = nn.ModuleList(PlaneWaves(z_dim, waves) for _ in channels if waves)
-        self.from_waves = nn.ModuleList(nn.Conv2d(waves, c, 1, bias=False) for c in channels if waves)
+        self.texture = TextureNoise(z_dim) if texture else None
+        self.from_texture = nn.ModuleList(nn.Conv2d(z_dim, c, 1, bias=False) for c in channels if texture)
         attends = [i >= len(channels) - attention_scales for i in scales]
         self.attention = nn.ModuleList(SelfAttention(c) if a else nn.Identity() for c, a in zip(channels, attends))
         self.down = nn.ModuleList(ResidualBlock(fine, coarse) for coarse, fine in narrow)
@@ -238,11 +234,9 @@ class Generator(nn.Module):
             style, style2 = self.mapping(z), None if z2 is None else self.mapping(z2)
             for i, attend in enumerate(self.cross_attention):
                 features[i] = attend(features[i], style, style2, weights[i])
-        for i, (waves, mix) in enumerate(zip(self.waves, self.from_waves)):
-            texture = waves(z, features[i].shape[2:])
-            if region is not None:
-                texture = torch.lerp(texture, waves(z2, features[i].shape[2:]), weights[i].float())
-            features[i] = features[i] + mix(texture)
+        for i, mix in enumerate(self.from_texture):
+            local = z if region is None else torch.lerp(z[:, :, None, None], z2[:, :, None, None], weights[i].float())
+            features[i] = features[i] + mix(self.texture(local, features[i].shape[2:]))
         x, rgb = self.start(features[-1]), 0
         for i in reversed(range(len(features))):
             if i < len(features) - 1:

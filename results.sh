@@ -65,11 +65,11 @@ section_5() {
 
 section_6() {
   for change in train.batch_size=4 train.batch_size=8 train.batch_size=16 data.size=128 data.size=256; do
-    once 6/$change.txt python bench.py --config config.yaml --steps 4 generator.waves=0 $change
+    once 6/$change.txt python bench.py --config config.yaml --steps 4 generator.texture=false $change
   done
   for config in config configs/camvid128; do
-    for waves in 0 64; do
-      once 6/waves_${waves}_$(basename $config).txt python bench.py --config $config.yaml --steps 8 generator.waves=$waves
+    for texture in false true; do
+      once 6/texture_${texture}_$(basename $config).txt python bench.py --config $config.yaml --steps 8 generator.texture=$texture
     done
   done
 }
@@ -78,22 +78,22 @@ section_7() { once 7/tests.txt python -m pytest -m slow -s; }
 
 section_8() {
   python train.py --config configs/camvid128.yaml train.keep=8 --resume
-  python train.py --config configs/camvid128.yaml name=camvid128_no_waves generator.waves=0 train.keep=8 --resume
-  python compare.py runs/camvid128 runs/camvid128_no_waves --out results/8
+  python train.py --config configs/camvid128.yaml name=camvid128_no_texture generator.texture=false train.keep=8 --resume
+  python compare.py runs/camvid128 runs/camvid128_no_texture --out results/8
   for kind in none downsample edges random; do
     for fill in false true; do
       once 8/${kind}_$fill.txt python evaluate.py --checkpoint runs/camvid128/checkpoints/0001600.pt eval.rough=$kind \
         eval.fill_void=$fill --out results/8/${kind}_$fill.json
     done
-    once 8/no_waves_$kind.txt python evaluate.py --checkpoint runs/camvid128_no_waves/checkpoints/0002400.pt eval.rough=$kind \
-      --out results/8/no_waves_$kind.json
+    once 8/no_texture_$kind.txt python evaluate.py --checkpoint runs/camvid128_no_texture/checkpoints/0002400.pt eval.rough=$kind \
+      --out results/8/no_texture_$kind.json
   done
   small="--config configs/camvid.yaml loss.augment=1 train.batch_size=4 --resume"
   python train.py $small name=augmented train.steps=6000
-  python train.py $small name=augmented_no_waves generator.waves=0 train.steps=5000 train.eval_every=500 train.keep=10
-  python train.py $small name=roughened generator.waves=0 loss.rough=0.5 train.steps=1500 train.eval_every=0
-  python compare.py runs/augmented runs/augmented_no_waves runs/roughened --step 1500 --out results/8/augmented
-  for run in augmented_no_waves roughened; do
+  python train.py $small name=augmented_no_texture generator.texture=false train.steps=5000 train.eval_every=500 train.keep=10
+  python train.py $small name=roughened generator.texture=false loss.rough=0.5 train.steps=1500 train.eval_every=0
+  python compare.py runs/augmented runs/augmented_no_texture runs/roughened --step 1500 --out results/8/augmented
+  for run in augmented_no_texture roughened; do
     for kind in downsample edges random; do
       once 8/$run/$kind.txt python evaluate.py --checkpoint runs/$run/checkpoints/0001500.pt eval.rough=$kind \
         --out results/8/$run/$kind.json

@@ -23,7 +23,7 @@ TINY = {
     "name": "tiny",
     "data": {"name": "scenes", "size": [32, 32], "workers": 0, "calibration_images": 16},
     "generator": {"channels": [8, 16, 16], "z_dim": 8, "style_dim": 16, "num_tokens": 4, "attention_scales": 1,
-                  "waves": 4},
+                  "texture": True},
     "discriminator": {"channels": 4},
     "loss": {"contrastive_patches": 16},
     "train": {"steps": 4, "batch_size": 4, "log_every": 1, "sample_every": 0, "eval_every": 0, "save_every": 2},

@@ -27,28 +27,13 @@ def runtime(tmp_path) -> Path:
     return tmp_path / "package"
 
 
-def test_rounding_spares_the_waves(runtime, tmp_path, capsys):
-    """Angles reach 300 at 128 x 128 pixels, where float16 is off by a tenth."""
-    generator = {"channels": [8, 16], "z_dim": 8, "style_dim": 16, "attention_scales": 0, "waves": 64}
-    checkpoint = write_checkpoint(tmp_path / "latest.pt", generator=generator, data={**TINY["data"], "size": 128})
-    export.main(Namespace(checkpoint=checkpoint, config=None, out=tmp_path / "page", runtime=runtime))
-    said, session = capsys.readouterr().out, onnxruntime.InferenceSession(tmp_path / "page/model.onnx")
-    assert "float16 weights, which are kept" in said
-    inputs = {"label_map": torch.randint(13, (1, 128, 128)), "z": torch.randn(1, 8), "z2": torch.randn(1, 8),
-              "region": torch.zeros(1, 128, 128, dtype=torch.bool)}
-    image = session.run(["image"], {key: value.numpy() for key, value in inputs.items()})[0]
-    with torch.no_grad():
-        assert np.abs(image - load_generator(checkpoint)[1](**inputs).numpy()).max() * 127.5 <= 1
-
-
 @pytest.mark.parametrize("generator", [TINY["generator"], pytest.param(OASIS, marks=pytest.mark.slow)])
 def test_the_file_draws_what_the_generator_draws(generator, runtime, tmp_path):
     checkpoint, out = write_checkpoint(tmp_path / "latest.pt", generator=generator), tmp_path / "page"
     export.main(Namespace(checkpoint=checkpoint, config=None, out=out, runtime=runtime))
     assert {path.name for path in out.iterdir()} == {"index.html", "model.onnx", "model.json", "example", *export.RUNTIME}
-    weights = {kind: [onnx.numpy_helper.to_array(entry) for entry in onnx.load(out / "model.onnx").graph.initializer
-                      if entry.data_type == kind] for kind in (onnx.TensorProto.FLOAT16, onnx.TensorProto.FLOAT)}
-    assert weights[onnx.TensorProto.FLOAT16] and all(np.abs(w).max() >= 2 for w in weights[onnx.TensorProto.FLOAT])
+    kinds = {entry.data_type for entry in onnx.load(out / "model.onnx").graph.initializer}
+    assert onnx.TensorProto.FLOAT16 in kinds and onnx.TensorProto.FLOAT not in kinds
     session = onnxruntime.InferenceSession(out / "model.onnx")
     assert {entry.name: (entry.type, entry.shape) for entry in session.get_inputs()} == {
         "label_map": ("tensor(int64)", [1, 32, 32]), "z": ("tensor(float)", [1, 8]), "z2": ("tensor(float)", [1, 8]),

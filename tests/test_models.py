@@ -7,7 +7,7 @@ import timm
 import torch
 
 from backbones import Backbone
-from models import Discriminator, Generator, PlaneWaves
+from models import Discriminator, Generator, TextureNoise
 
 SMALL = dict(channels=(8, 16, 16), z_dim=8, style_dim=16, num_tokens=4, attention_scales=1)
 PLAIN = ["vit_small_patch14_dinov2", "vit_small_patch16_dinov3", "vit_xsmall_patch16_clip_224",
@@ -22,10 +22,11 @@ def narrow(name: str, pretrained: bool = False, **options) -> Backbone:
         return Backbone(name, pretrained, **options)
 
 
-@pytest.mark.parametrize("noise, waves", [("cross_attention", 0), ("cross_attention", 4), ("concat", 4), ("none", 0)])
-def test_samples_and_regions(noise, waves):
+@pytest.mark.parametrize("noise, texture", [("cross_attention", False), ("cross_attention", True), ("concat", True),
+                                            ("none", False)])
+def test_samples_and_regions(noise, texture):
     """Rows 2 and 3 are other samples of the same maps; the second noise everywhere gives those, nowhere the first ones."""
-    generator = Generator(5, noise=noise, waves=waves, **SMALL)
+    generator = Generator(5, noise=noise, texture=texture, **SMALL)
     label_map, z = torch.randint(0, 6, (2, 32, 64)), torch.randn(4, 8)
     image = generator(label_map, z)
     assert image.shape == (4, 3, 32, 64) and image.abs().max() <= 1
@@ -37,31 +38,31 @@ def test_samples_and_regions(noise, waves):
     assert all(not torch.allclose(images[5], image) for image in images[:5])  # void has an embedding of its own
 
 
-def test_plane_waves():
-    """Against the formula, pixel by pixel; the lengths, in pixels, reach from 2.5 to 8, and directions all around."""
-    waves, z = PlaneWaves(8, 2000), torch.randn(2, 8)
-    down, right = waves.direction.double().numpy()
-    lengths = 2 * np.pi / np.hypot(down, right)
-    assert 2.49 < lengths.min() < 2.6 and 7.7 < lengths.max() < 8.01 and abs((lengths < 20 ** 0.5).mean() - 0.5) < 0.06
-    assert np.histogram(np.arctan2(down, right), 4, (0, np.pi))[0].min() > 400
-    phase = z.double().numpy() @ waves.phase.double().numpy()
-    field = waves(z, (3, 40))
-    for place in ((0, 0, 0, 0), (1, 7, 2, 39), (0, 5, 1, 20)):
-        b, k, y, x = place
-        assert abs(field[place].item() - np.sin(down[k] * y + right[k] * x + phase[b, k])) < 1e-4
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(waves(z, (3, 40)), field)
-        region = torch.rand(2, 32, 32) < 0.5
-        image = Generator(5, waves=4, **SMALL)(torch.ones(2, 32, 32, dtype=torch.int64), z, z.flip(0), region)
-    assert image.isfinite().all()
+def test_texture_noise_does_not_repeat():
+    """Pixel by pixel; white, so that the spectrum of each 64 x 64 part is flat; and no part is a copy of another."""
+    texture, z = TextureNoise(64), torch.randn(1, 64)
+    field, images = texture(z, (200, 130)), texture.images
+    for k, y, x in ((0, 0, 0), (5, 63, 1), (9, 64, 70), (63, 199, 129)):  # three parts stand side by side, the third is cut
+        image = images[(k - y // 64 * 3 - x // 64) % 64]
+        assert field[0, k, y, x] == image[y % 64, x % 64] * z[0, k]
+    rows = torch.tensor([[1.0] * 64, [2.0] * 64]).T.view(1, 64, 2, 1).repeat_interleave(100, 2).expand(-1, -1, -1, 130)
+    assert torch.equal(texture(rows, (200, 130))[:, :, 150], 2 * texture(torch.ones(1, 64), (200, 130))[:, :, 150])
+    mixed = torch.einsum("k,khw->hw", torch.randn(64), field[0, :, :192, :128])
+    parts = mixed.unfold(0, 64, 64).unfold(1, 64, 64).flatten(0, 1).numpy()
+    power = (np.abs(np.fft.fft2(parts)) ** 2).reshape(6, 16, 4, 16, 4).mean((0, 2, 4))  # 96 exponential draws each: 5 deviations are 51%
+    assert np.abs(power / power.mean() - 1).max() < 0.51
+    alike = np.corrcoef(parts.reshape(6, -1))  # of 64 random coefficients each: 5 deviations are 5 / 8
+    assert np.abs(alike - np.eye(6)).max() < 5 / 8
 
 
-def test_waves_fill_uniform_places():
-    """Far from the borders one label has one color without waves, and texture with them."""
+def test_texture_fills_uniform_places():
+    """Far from the borders one label has one color without texture noise."""
     label_map, z = torch.ones(1, 96, 96, dtype=torch.int64), torch.randn(1, 8)
-    spread = [Generator(5, waves=waves, **SMALL | dict(attention_scales=0))(label_map, z)[..., 40:56, 40:56].std((2, 3)).max()
-              for waves in (0, 4)]
+    spread = [Generator(5, texture=texture, **SMALL | dict(attention_scales=0))(label_map, z)[..., 40:56, 40:56].std((2, 3)).max()
+              for texture in (False, True)]
     assert spread[0] < 1e-5 and spread[1] > 1e-3
+    with torch.autocast("cpu", torch.bfloat16):
+        assert Generator(5, texture=True, **SMALL)(label_map, z, -z, label_map == 1).isfinite().all()
 
 
 def test_checkpointing_keeps_less_and_changes_no_gradient():
