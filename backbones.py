@@ -5,6 +5,7 @@ Weights are looked for in this order: a local file, a Python package that ships 
 
 import contextlib
 import importlib.util
+import re
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -142,7 +143,7 @@ class Backbone(nn.Module):
             try:
                 features = self.network.forward_intermediates(x, **options)
             except (AssertionError, RuntimeError) as error:  # BEiT, PiT, LeViT and others take one size alone
-                if isinstance(error, torch.OutOfMemoryError):
+                if isinstance(error, RuntimeError) and not re.search("size of tensor|shape '", str(error)):
                     raise
                 raise ValueError(f"backbone.name is {self.name!r}: it takes no images of {x.shape[2]} x {x.shape[3]} "
                                  f"({' '.join(str(error).split()):.120}); choose another, or a backbone.input_scale that gives "

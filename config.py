@@ -56,6 +56,13 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
+    @model_validator(mode="before")
+    @classmethod
+    def _of_earlier_versions(cls, given):
+        """Without keys that are gone and changed nothing, which checkpoints hold."""
+        gone = lambda name, value: name == "skip_broken" or (name, value) == ("waves", 0)
+        return {key: given[key] for key in given if not gone(key, given[key])} if isinstance(given, dict) else given
+
 
 Flag = Annotated[bool, Strict()]
 Id = Annotated[int, Strict()]
@@ -89,12 +96,6 @@ class DataSettings(Section):
     @classmethod
     def _square(cls, size):
         return (size, size) if isinstance(size, int) else size
-
-    @model_validator(mode="before")
-    @classmethod
-    def _of_earlier_versions(cls, given):
-        """Without a key that is gone, which their checkpoints hold."""
-        return {name: given[name] for name in given if name != "skip_broken"} if isinstance(given, dict) else given
 
 
 class NetworkSettings(Section):

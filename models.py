@@ -90,18 +90,18 @@ class NoiseCrossAttention(nn.Module):
 class TextureNoise(nn.Module):
     """Texture for places where a label map is uniform: channel k is a fixed image of white noise, times z_k [ours].
 
-    The images are drawn once and kept in the checkpoint. A larger size has them side by side, each time with the channels
-    moved on by one, so that no part is a copy of another. A convolution knows no places: without such noise one label gives
-    one color, or stripes that grow from the borders.
+    The images, of 64 x 64 pixels, are drawn once and kept in the checkpoint. A larger size has them side by side, each time
+    with the channels moved on by one, so that none of the first Z parts is a copy of another. A convolution knows no places:
+    without such noise one label gives one color, or stripes that grow from the borders.
     """
 
-    def __init__(self, z_dim: int, side: int = 64):
+    def __init__(self, z_dim: int):
         super().__init__()
-        self.register_buffer("images", torch.randn(z_dim, side, side))
+        self.register_buffer("images", torch.randn(z_dim, 64, 64))
 
     def forward(self, z: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         """Noise (B, Z), or (B, Z, *size) where it differs from place to place -> (B, Z, *size)."""
-        rows, columns = (-(-wanted // self.images.shape[-1]) for wanted in size)
+        rows, columns = (-(-wanted // 64) for wanted in size)
         images = torch.cat([torch.cat([self.images.roll(row * columns + column, 0) for column in range(columns)], 2)
                             for row in range(rows)], 1)[:, :size[0], :size[1]]
         return images * (z if z.ndim == 4 else z[:, :, None, None])

@@ -79,3 +79,8 @@ def test_errors_are_one_line_but_a_bug_keeps_its_traceback(call):
         run_script(lambda: models.Generator(3, noise="x"))  # a ValueError of a file of ours
     with pytest.raises(ValueError):
         run_script(lambda: np.zeros(3).reshape(2))
+
+
+def test_keys_of_earlier_versions_that_changed_nothing_are_passed_by():
+    assert check_settings({"data": {"skip_broken": False}, "generator": {"waves": 0}}, "mine.yaml") == Settings()
+    assert check_settings({"generator": {"waves": 64}}, "mine.yaml").generator.arguments == {"waves": 64}  # refused later

@@ -172,10 +172,6 @@ def test_augmentation_follows_seed_and_draw_alone(tmp_path, name):
         plain[len(plain)]
 
 
-def test_settings_of_earlier_versions():
-    assert settings(None, "scenes", skip_broken=False) == settings(None, "scenes")
-
-
 def test_evenly_spaced():
     assert (evenly_spaced(10, 4), evenly_spaced(3, 0), evenly_spaced(3, 9)) == ([0, 2, 5, 7], [0, 1, 2], [0, 1, 2])
 

@@ -49,20 +49,23 @@ def test_texture_noise_does_not_repeat():
     assert torch.equal(texture(rows, (200, 130))[:, :, 150], 2 * texture(torch.ones(1, 64), (200, 130))[:, :, 150])
     mixed = torch.einsum("k,khw->hw", torch.randn(64), field[0, :, :192, :128])
     parts = mixed.unfold(0, 64, 64).unfold(1, 64, 64).flatten(0, 1).numpy()
-    power = (np.abs(np.fft.fft2(parts)) ** 2).reshape(6, 16, 4, 16, 4).mean((0, 2, 4))  # 96 exponential draws each: 5 deviations are 51%
-    assert np.abs(power / power.mean() - 1).max() < 0.51
+    power = (np.abs(np.fft.fft2(parts)) ** 2).reshape(6, 16, 4, 16, 4).mean((0, 2, 4))
+    assert np.abs(power / power.mean() - 1).max() < 0.62  # 96 exponential draws each: 6 deviations are 61%
     alike = np.corrcoef(parts.reshape(6, -1))  # of 64 random coefficients each: 5 deviations are 5 / 8
     assert np.abs(alike - np.eye(6)).max() < 5 / 8
 
 
 def test_texture_fills_uniform_places():
-    """Far from the borders one label has one color without texture noise."""
+    """Far from the borders one label has one color without texture noise; every scale has its share of it."""
     label_map, z = torch.ones(1, 96, 96, dtype=torch.int64), torch.randn(1, 8)
-    spread = [Generator(5, texture=texture, **SMALL | dict(attention_scales=0))(label_map, z)[..., 40:56, 40:56].std((2, 3)).max()
-              for texture in (False, True)]
-    assert spread[0] < 1e-5 and spread[1] > 1e-3
+    plain, textured = (Generator(5, texture=texture, **SMALL | dict(attention_scales=0)) for texture in (False, True))
+    assert plain(label_map, z)[..., 40:56, 40:56].std((2, 3)).max() < 1e-5
+    image = textured(label_map, z)
+    assert image[..., 40:56, 40:56].std((2, 3)).max() > 1e-3
+    image.square().sum().backward()
+    assert all(mix.weight.grad.any() for mix in textured.from_texture)
     with torch.autocast("cpu", torch.bfloat16):
-        assert Generator(5, texture=True, **SMALL)(label_map, z, -z, label_map == 1).isfinite().all()
+        assert textured(label_map, z, -z, label_map == 1).isfinite().all()
 
 
 def test_checkpointing_keeps_less_and_changes_no_gradient():
@@ -101,8 +104,11 @@ def test_a_network_of_one_size_says_so():
     image = torch.zeros(1, 3, 64, 64)
     with pytest.raises(ValueError, match=f"^backbone.name is '{BEIT}': [^\n]*64 x 64[^\n]*224[^\n]*$"):
         narrow(BEIT)(image)
+    levit = Backbone("levit_128s", pretrained=False)
     with pytest.raises(ValueError, match="^backbone.name is 'levit_128s': it takes no images of 64 x 64 "):
-        Backbone("levit_128s", pretrained=False)(image)
+        levit(image)
+    with pytest.raises(RuntimeError):  # of another kind
+        levit(image.double())
     assert len(narrow(BEIT, input_scale=3.5)(image)) == 4
 
 
