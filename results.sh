@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes the figures of RESULTS.md: ./results.sh [SECTION ...], all of them by default, which takes two days on two cores.
+# Makes the figures of RESULTS.md: ./results.sh [SECTION ...], all of them by default, which takes about a day on two cores.
 # What is done is passed by, so start it again after a stop. Tables, curves and pictures go to results/SECTION.
 # CamVid is wanted as camvid/{train,val}/{images,labels} here, or as a link to such a folder.
 set -euo pipefail
@@ -77,8 +77,8 @@ section_6() {
 section_7() { once 7/tests.txt python -m pytest -m slow -s; }
 
 section_8() {
-  python train.py --config configs/camvid128.yaml train.keep=8 --resume
-  python train.py --config configs/camvid128.yaml name=camvid128_no_texture generator.texture=false train.keep=8 --resume
+  python train.py --config configs/camvid128.yaml train.steps=1600 --resume
+  python train.py --config configs/camvid128.yaml name=camvid128_no_texture generator.texture=false train.steps=2400 --resume
   python compare.py runs/camvid128 runs/camvid128_no_texture --out results/8
   for kind in none downsample edges random; do
     for fill in false true; do
@@ -88,7 +88,7 @@ section_8() {
     once 8/no_texture_$kind.txt python evaluate.py --checkpoint runs/camvid128_no_texture/checkpoints/0002400.pt eval.rough=$kind \
       --out results/8/no_texture_$kind.json
   done
-  small="--config configs/camvid.yaml loss.augment=1 train.batch_size=4 --resume"
+  small="--config configs/camvid.yaml train.batch_size=4 --resume"
   python train.py $small name=augmented train.steps=6000
   python train.py $small name=augmented_no_texture generator.texture=false train.steps=5000 train.eval_every=500 train.keep=10
   python train.py $small name=roughened generator.texture=false loss.rough=0.5 train.steps=1500 train.eval_every=0
