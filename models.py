@@ -100,11 +100,11 @@ class TextureNoise(nn.Module):
         self.register_buffer("images", torch.randn(z_dim, 64, 64))
 
     def forward(self, z: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-        """Noise (B, Z), or (B, Z, *size) where it differs from place to place -> (B, Z, *size)."""
+        """Noise (B, Z, 1, 1), or (B, Z, *size) where it differs from place to place -> (B, Z, *size)."""
         rows, columns = (-(-wanted // 64) for wanted in size)
         images = torch.cat([torch.cat([self.images.roll(row * columns + column, 0) for column in range(columns)], 2)
                             for row in range(rows)], 1)[:, :size[0], :size[1]]
-        return images * (z if z.ndim == 4 else z[:, :, None, None])
+        return images * z
 
 
 class ModulatedBlock(nn.Module):
@@ -235,7 +235,9 @@ class Generator(nn.Module):
             for i, attend in enumerate(self.cross_attention):
                 features[i] = attend(features[i], style, style2, weights[i])
         for i, mix in enumerate(self.from_texture):
-            local = z if region is None else torch.lerp(z[:, :, None, None], z2[:, :, None, None], weights[i].float())
+            local = z[:, :, None, None]
+            if region is not None:
+                local = torch.lerp(local, z2[:, :, None, None], weights[i].float())
             features[i] = features[i] + mix(self.texture(local, features[i].shape[2:]))
         x, rgb = self.start(features[-1]), 0
         for i in reversed(range(len(features))):

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes the figures of RESULTS.md: ./results.sh [SECTION ...], all of them by default, which takes about a day on two cores.
+# Makes the figures of RESULTS.md: ./results.sh [SECTION ...], all of them by default, which takes a day on two cores by estimate.
 # What is done is passed by, so start it again after a stop. Tables, curves and pictures go to results/SECTION.
 # CamVid is wanted as camvid/{train,val}/{images,labels} here, or as a link to such a folder.
 set -euo pipefail
@@ -39,6 +39,21 @@ for name, label in maps.items():
 END
   once 1/painted.txt python evaluate.py --images results/1/painted --labels results/1/val/labels --real results/1/val/images \
     --config config.yaml --out results/1/painted.json
+  once 1/samples.txt python sample.py --labels results/1/val/labels --out results/1/samples \
+    --checkpoint runs/quickstart_quick_start_0/checkpoints/latest.pt
+  once 1/spectrum.txt python - <<'END'
+from pathlib import Path
+import numpy as np
+from PIL import Image
+window, power = np.outer(np.hanning(64), np.hanning(64)), {}
+for folder in ("samples", "val/images"):
+    gray = np.stack([np.asarray(Image.open(path)).mean(2) for path in sorted(Path(f"results/1/{folder}").glob("*.png"))])
+    power[folder] = (np.abs(np.fft.fft2((gray - gray.mean((1, 2), keepdims=True)) * window)) ** 2).sum(0)
+frequency = np.hypot(np.fft.fftfreq(64)[:, None], np.fft.fftfreq(64))
+for low in (1 / 32, 1 / 16, 1 / 8, 1 / 4):  # generated over real, of an octave and of its worst frequency
+    fake, real = (p[(frequency >= low) & (frequency < 2 * low)] for p in power.values())
+    print(f"{low:.3f} to {2 * low:.3f} cycles a pixel: {fake.sum() / real.sum():.2f}, at most {(fake / real).max():.2f}")
+END
 }
 
 section_2() { python compare.py --run configs/ablation.yaml --out results/2; }

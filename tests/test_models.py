@@ -40,13 +40,13 @@ def test_samples_and_regions(noise, texture):
 
 def test_texture_noise_does_not_repeat():
     """Pixel by pixel; white, so that the spectrum of each 64 x 64 part is flat; and no part is a copy of another."""
-    texture, z = TextureNoise(64), torch.randn(1, 64)
+    texture, z = TextureNoise(64), torch.randn(1, 64, 1, 1)
     field, images = texture(z, (200, 130)), texture.images
     for k, y, x in ((0, 0, 0), (5, 63, 1), (9, 64, 70), (63, 199, 129)):  # three parts stand side by side, the third is cut
         image = images[(k - y // 64 * 3 - x // 64) % 64]
-        assert field[0, k, y, x] == image[y % 64, x % 64] * z[0, k]
+        assert field[0, k, y, x] == image[y % 64, x % 64] * z[0, k, 0, 0]
     rows = torch.tensor([[1.0] * 64, [2.0] * 64]).T.view(1, 64, 2, 1).repeat_interleave(100, 2).expand(-1, -1, -1, 130)
-    assert torch.equal(texture(rows, (200, 130))[:, :, 150], 2 * texture(torch.ones(1, 64), (200, 130))[:, :, 150])
+    assert torch.equal(texture(rows, (200, 130))[:, :, 150], 2 * texture(torch.ones(1, 64, 1, 1), (200, 130))[:, :, 150])
     mixed = torch.einsum("k,khw->hw", torch.randn(64), field[0, :, :192, :128])
     parts = mixed.unfold(0, 64, 64).unfold(1, 64, 64).flatten(0, 1).numpy()
     power = (np.abs(np.fft.fft2(parts)) ** 2).reshape(6, 16, 4, 16, 4).mean((0, 2, 4))
