@@ -60,9 +60,12 @@ section_2() { python compare.py --run configs/ablation.yaml --out results/2; }
 
 section_3() {
   python compare.py --run configs/systems.yaml --out results/3
-  for steps in 10 25 50 100; do
-    once 3/sdm_$steps.txt python evaluate.py --checkpoint runs/systems_sdm_0/checkpoints/latest.pt diffusion.steps=$steps \
-      eval.num_images=40 --out results/3/sdm_$steps.json
+  for steps in 10 25; do
+    for sampler in ancestral ddim; do
+      once 3/sdm_${steps}_$sampler.txt python evaluate.py --checkpoint runs/systems_sdm_0/checkpoints/latest.pt \
+        diffusion.steps=$steps diffusion.sampler=$sampler eval.num_images=40 eval.diversity_samples=0 \
+        --out results/3/sdm_${steps}_$sampler.json
+    done
   done
 }
 

@@ -17,7 +17,7 @@ from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-torch.set_num_threads(1)
+torch.set_num_threads(1)  # what is forked below waits for ever where OpenMP had threads before
 
 TINY = {
     "name": "tiny",
