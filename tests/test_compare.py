@@ -280,7 +280,7 @@ def test_a_failed_run_is_named_the_others_go_on_and_rows_keep_their_meaning(abla
 
 def test_the_comparisons_of_the_results_are_files(capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
-    for name, runs, said in (("ablation", 26, "backbone.pretrained=false"), ("quickstart", 6, "backbone.conditioning=sigmoid"),
+    for name, runs, said in (("ablation", 28, "backbone.pretrained=false"), ("quickstart", 6, "generator.texture=false"),
                              ("systems", 6, "--config configs/oasis_camvid.yaml")):
         call(run=Path(f"configs/{name}.yaml"), print=True)
         lines = capsys.readouterr().out.splitlines()
