@@ -19,9 +19,8 @@ clone() {  # OWNER/NAME
   [ -e "official/${1#*/}" ] || git clone "https://github.com/$1" "official/${1#*/}"
 }
 
-section_1() {  # quick start with one thread and with two, each class in its mean color
+section_1() {  # quick start, each class in its mean color
   python compare.py --run configs/quickstart.yaml --out results/1
-  OMP_NUM_THREADS=2 python train.py --config config.yaml name=two_threads --resume
   for split in train val; do
     [ -e "results/1/$split" ] || python data.py export --config config.yaml --split $split --count 256 --out "results/1/$split"
   done
@@ -58,16 +57,7 @@ END
 
 section_2() { python compare.py --run configs/ablation.yaml --out results/2; }
 
-section_3() {
-  python compare.py --run configs/systems.yaml --out results/3
-  for steps in 10 25; do
-    for sampler in ancestral ddim; do
-      once 3/sdm_${steps}_$sampler.txt python evaluate.py --checkpoint runs/systems_sdm_0/checkpoints/latest.pt \
-        diffusion.steps=$steps diffusion.sampler=$sampler eval.num_images=40 eval.diversity_samples=0 \
-        --out results/3/sdm_${steps}_$sampler.json
-    done
-  done
-}
+section_3() { python compare.py --run configs/systems.yaml --out results/3; }
 
 section_4() {
   OMP_NUM_THREADS=2 once 4/cost.txt python bench.py --steps 0 --config configs/ade20k.yaml --config configs/oasis_ade20k.yaml \
