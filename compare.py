@@ -125,7 +125,7 @@ def protocol_of(metric: str, record: dict) -> dict:
     """The part of an evaluation's protocol that a metric rests on; neither the seed nor how the images were made."""
     rests = {"features": metric.startswith(("fid", "fd_", "kid")), "kid": metric.startswith("kid"),
              "segmenter": metric.startswith(("miou", "pixel_accuracy", "class_iou")),
-             "diversity": metric.endswith("_diversity"), "seed": False, "diffusion": False}
+             "diversity": metric.endswith("_diversity"), "seed": False, "diffusion": False, "truncation": False}
     return {key: value for key, value in record.items()
             if key.startswith("protocol.") and rests.get(key.split(".")[1], True)}
 
@@ -226,7 +226,8 @@ def draw_pictures(runs: list[Run], path: Path, step: int | None, count: int = 8)
         except UserError as error:
             notes.append(f"{error}; not in {path.name}")
             continue
-        system = system.with_options(argparse.Namespace(steps=run.settings.diffusion.sheet_steps, guidance=None))
+        system = system.with_options(argparse.Namespace(
+            steps=run.settings.diffusion.sheet_steps, guidance=None, truncation=None))
         indices = evenly_spaced(len(dataset), count)
         real, label_map, *instances = (torch.stack(column).to(device) for column in zip(*(dataset[i] for i in indices)))
         images = system.sampler(generator)(label_map.long(), [sample_seed(0, i) for i in indices], 0, *instances)
@@ -310,11 +311,12 @@ def main(arguments: argparse.Namespace) -> None:
         notes[-1] += ", which is the last one of each run"
     rows, values = fill_table(groups, places, metric)
     if out:
-        curves = {" ".join(row): [run.metrics + run.log for run in members] for row, members in groups.items()}
+        titled = {changed or name: members for (name, changed), members in groups.items()}
+        curves = {title: [run.metrics + run.log for run in members] for title, members in titled.items()}
         draw_curves(curves, out / "curves.png", "minutes" if arguments.time else "step")
         distance = next((name for name in metric_names(runs) if name.startswith(("fid", "fd_"))), "no distance")
         diversity = next((name for name in metric_names(runs) if "_diversity" in name), "no diversity")
-        records = {" ".join(row): [run.evaluation("last") for run in members] for row, members in groups.items()}
+        records = {title: [run.evaluation("last") for run in members] for title, members in titled.items()}
         draw_exchange(records, diversity, distance, out / "exchange.png")
         notes += draw_pictures(runs, out / "pictures.png", arguments.step)
         with whole_file(out / "table.csv") as path, open(path, "w", newline="") as file:

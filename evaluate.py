@@ -87,7 +87,7 @@ def from_folders(args: argparse.Namespace) -> Source:
     data = settings.data.model_copy(update={"instances": False})
     dataset = LabeledImages(data, "val", {name: (paths[0], maps[name]) for name, paths in zip(maps, real)})
     judged = {"diversity_samples": min(settings.eval.diversity_samples, len(samples[0])),  # as many as there are
-              "rough": "none", "fill_void": False}  # they are made already
+              "rough": "none", "fill_void": False, "truncation": 1.0}  # they are made already
     settings = settings.model_copy(update={"eval": settings.eval.model_copy(update=judged)})
     source = {"images": str(args.images), "labels": str(args.labels), "real": str(args.real)}
     return generate, dataset, settings, Path("runs") / "cache", source

@@ -177,6 +177,7 @@ def evaluate_generator(generate: Callable[..., torch.Tensor], dataset: LabeledIm
         "label_resize": "nearest",
         **({} if given.rough == "none" else {"rough": given.rough}),
         **({"fill_void": True} if given.fill_void else {}),
+        **({} if given.truncation == 1 else {"truncation": given.truncation}),
         "features": network.description,
         "kid": {"subsets": given.kid_subsets, "subset_size": given.kid_subset_size},
         "segmenter": segmenter.description,

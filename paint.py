@@ -52,7 +52,9 @@ class Studio:
         self.files, self.pairs = files, None if labels else example_pairs(system.settings.data, state["class_names"])
         self.examples = evenly_spaced(len(self.pairs or files), EXAMPLES)
         given = system.settings.diffusion
-        offered = {"noise": ["image", "class", "pixel"],  # the first of each is the default
+        psi = system.settings.eval.truncation
+        offered = {"truncation": [psi, 0.5, 0.7, 1.0, 1.3, 1.7, 2.2],  # the first of each is the default
+                   "noise": ["image", "class", "pixel"],
                    "steps": [min(QUICK_STEPS, given.steps), 10, 20, 50, 100, 250, 1000],
                    "guidance": [given.guidance, *((1.0, 1.5, 2.0, 3.0) if given.drop_labels else ())]}
         self.choices = {key: list(dict.fromkeys(map(str, offered[key]))) for key in offered if key in system.options}
@@ -91,7 +93,8 @@ class Studio:
             raise UserError(f"{chosen}: choose among {self.choices}")
         if chosen.get("noise", "image") != "image" and (walk or redraws):
             raise UserError("the noise of classes or pixels has no walk and no redraws")
-        options = {"interpolate": walk and WALK, "resample": None, "noise": "image", "steps": None, "guidance": None} | chosen
+        options = {"interpolate": walk and WALK, "resample": None, "noise": "image", "steps": None, "guidance": None,
+                   "truncation": None} | chosen
         system = self.system.with_options(argparse.Namespace(**options))
         preview = (lambda image: send(rgba(image))) if "steps" in system.options else None
         mark = self.newest[page] = object()

@@ -1,6 +1,7 @@
 """Label maps to images: python sample.py --labels DIR [--checkpoint FILE] [--out DIR] [--num K] [--seed S] [--grid]
                                       [--resample CLASS] [--interpolate N] [--fill-void] [--config FILE]
-                                      [--noise image|class|pixel] [--steps N] [--guidance S] [--instances DIR]
+                                      [--truncation PSI] [--noise image|class|pixel] [--steps N] [--guidance S]
+                                      [--instances DIR]
 
 DIR holds label maps as PNG: class ids as the data set that the model was trained on spells them (8-bit L or P), or RGB
 in the model's palette. They may have any size and are resized (nearest) to the size the model was trained at, which is
@@ -33,7 +34,8 @@ from distributed import gather, setup_distributed
 from interface import System
 from labels import read_label_file
 
-DEFAULTS = {"resample": None, "interpolate": 0, "noise": "image", "steps": None, "guidance": None, "instances": None}
+DEFAULTS = {"resample": None, "interpolate": 0, "truncation": None, "noise": "image", "steps": None, "guidance": None,
+            "instances": None}
 
 
 def find_class(name: str, class_names: list[str]) -> int:
@@ -134,6 +136,8 @@ def parse_arguments() -> argparse.Namespace:
                         help="N images from one noise to another; with --resample the class is redrawn in each")
     parser.add_argument("--fill-void", action="store_true", help="give unlabelled pixels the nearest label first")
     parser.add_argument("--config", type=Path, metavar="FILE", help="configuration of an official checkpoint")
+    parser.add_argument("--truncation", type=float, metavar="PSI",
+                        help="GANs: the noise times PSI; above 1 samples differ more, below 1 less")
     parser.add_argument("--noise", choices=("image", "class", "pixel"), default="image",
                         help="OASIS: one noise vector for the image, for each class in it, or for each pixel")
     parser.add_argument("--steps", type=int, metavar="N", help="SDM: steps of an image, 2 to 1000")

@@ -50,7 +50,7 @@ class Adversarial(System):
     z2 is the noise where `region` is True, see `models.Generator.forward`.
     """
 
-    options = frozenset({"resample", "interpolate"})
+    options = frozenset({"resample", "interpolate", "truncation"})
     generator_class: type[nn.Module]
 
     def __init__(self, settings: Settings, num_classes: int):
@@ -76,7 +76,14 @@ class Adversarial(System):
         return GAN(generator, discriminator, backbone, settings, device)
 
     def generate(self, generator: nn.Module, label_map: Tensor, seeds: list[int], k: int, preview=None) -> Tensor:
-        return generator(label_map, noise([(seed, k) for seed in seeds], generator.z_dim, label_map.device))
+        z = noise([(seed, k) for seed in seeds], generator.z_dim, label_map.device)
+        return generator(label_map, self.settings.eval.truncation * z)
+
+    def with_options(self, options: Namespace) -> System:
+        if options.truncation is None:
+            return self
+        given = self.settings.model_dump() | {"eval": {**self.settings.eval.model_dump(), "truncation": options.truncation}}
+        return type(self)(check_settings(given, "--truncation"), self.num_classes)
 
     def draw(self, generator: nn.Module, maps: list[Tensor], key: tuple[int, int], options: Namespace,
              numbers: Iterable[int] | None = None, preview=None) -> Iterator[Tensor]:
@@ -111,7 +118,8 @@ class Adversarial(System):
     def stream(self, generator: nn.Module, key: tuple[int, int], k: int, number: int, rows: int = 1) -> Tensor:
         """Noise vectors (rows, z_dim) of sample k, from one of several streams."""
         device = next(generator.parameters()).device
-        return noise([(*key, k, number)], rows * generator.z_dim, device).view(rows, -1)
+        z = noise([(*key, k, number)], rows * generator.z_dim, device).view(rows, -1)
+        return self.settings.eval.truncation * z
 
 
 class DPSIMS(Adversarial):

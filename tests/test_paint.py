@@ -127,6 +127,7 @@ def test_pictures_are_those_of_sample_py(server, sample):
 
 
 @pytest.mark.parametrize("generator, options, wrong", [
+    (TINY["generator"], {"truncation": "1.7"}, {"truncation": "9"}),
     (OASIS, {"noise": "class"}, {"noise": "pixel", "walk": "3"}), (OASIS, {"noise": "pixel"}, {"noise": "pink"}),
     (SDM, {"steps": "10", "guidance": "2.0"}, {"guidance": "x"})])
 def test_options_are_those_of_sample_py(generator, options, wrong, tmp_path, sample):
@@ -136,7 +137,7 @@ def test_options_are_those_of_sample_py(generator, options, wrong, tmp_path, sam
     given = [part for option, value in options.items() for part in (f"--{option}", value)]
     assert np.array_equal(pixels(picture), sample("--seed", 2, "--checkpoint", path, *given)[0])
     assert len(coarse) == int(options.get("steps", 0))
-    assert set(studio.describe()["choices"]) == ({"steps", "guidance"} if generator is SDM else {"noise"})
+    assert set(studio.describe()["choices"]) == ({"steps", "guidance"} if generator is SDM else {"truncation", *options})
     with pytest.raises(UserError):
         studio.draw("a", LABEL.tobytes(), wrong, coarse.append)
 

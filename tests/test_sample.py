@@ -1,3 +1,6 @@
+import zlib
+from argparse import Namespace
+
 import numpy as np
 import pytest
 import torch
@@ -5,9 +8,11 @@ from conftest import TINY
 from PIL import Image
 
 import scenes
-from checkpoint import label_state, save_checkpoint
+from checkpoint import label_state, load_generator, save_checkpoint
 from config import check_settings
+from interface import noise
 from labels import label_format
+from metrics import to_uint8
 from systems import system_for
 
 
@@ -48,6 +53,20 @@ def test_same_seed_same_image_whatever_else_is_in_the_folder(call, model):
     assert not np.array_equal(pixels(model / "all/map2.png"), pixels(model / "other/map2.png"))
     with pytest.raises(SystemExit, match="^error: other/map2.png exists; choose another --out"):
         call("sample.py", "--labels", "one", "--out", "other")
+
+
+@torch.no_grad()
+def test_truncation_multiplies_the_noise(call, model):
+    """In sample.py, and in evaluations, whose noise follows from the seed of an image and the number of its sample."""
+    call("sample.py", "--labels", "labels", "--out", "wide", "--truncation", 2.5)
+    system, generator, _ = load_generator(model / "runs/tiny/checkpoints/latest.pt")
+    label_map = torch.from_numpy(np.array(Image.open(model / "labels/map0.png"))).long()[None]
+    drawn = generator(label_map, 2.5 * noise([(0, zlib.crc32(b"map0"), 0, 0)], 8, "cpu"))
+    assert np.array_equal(pixels(model / "wide/map0.png"), to_uint8(drawn)[0].permute(1, 2, 0))
+    evaluated = system.with_options(Namespace(truncation=2.5)).generate(generator, label_map, [7], 1)
+    assert torch.equal(evaluated, generator(label_map, 2.5 * noise([(7, 1)], 8, "cpu")))
+    with pytest.raises(SystemExit, match=r"^error: --truncation: eval.truncation is 0.0; .*greater than 0"):
+        call("sample.py", "--labels", "labels", "--out", "none", "--truncation", 0)
 
 
 def test_ids_colors_palette_files_and_other_sizes_give_the_same_image(call, model):
