@@ -55,7 +55,37 @@ for low in (1 / 32, 1 / 16, 1 / 8, 1 / 4):  # generated over real, of an octave 
 END
 }
 
-section_2() { python compare.py --run configs/ablation.yaml --out results/2; }
+section_2() {
+  python compare.py --run configs/ablation.yaml --out results/2
+  for run in {full,no_conditioning,texture_contrast}_{0,1}; do
+    for psi in 0.7 1 1.5 2.2; do
+      once 2/${run}_$psi.txt python evaluate.py --checkpoint runs/ablation_$run/checkpoints/latest.pt eval.truncation=$psi \
+        --out results/2/${run}_$psi.json
+    done
+  done
+  python - <<'END'
+import json
+from matplotlib.figure import Figure
+figure = Figure(figsize=(7, 4.5), layout="constrained")
+panel = figure.subplots()
+names = {"full": "as published", "no_conditioning": "no conditioning", "texture_contrast": "texture noise, heavy contrastive loss"}
+print(f"{'':18}", *(f"{name[:14]:>15}" for name in ("truncation", "Frechet", "kernel", "mIoU", "diversity")))
+for (row, name), color in zip(names.items(), ("#D55E00", "#009E73", "#0072B2")):
+    means = []
+    for psi in ("0.7", "1", "1.5", "2.2"):
+        runs = [json.load(open(f"results/2/{row}_{seed}_{psi}.json")) for seed in (0, 1)]
+        keys = "fd_tf_efficientnet_lite2", "kid_tf_efficientnet_lite2", "miou", "stlpips_vgg_diversity"
+        values = [[run[key] for run in runs] for key in keys]
+        panel.scatter(values[3], values[0], s=14, alpha=0.5, color=color)
+        means.append((sum(values[3]) / 2, sum(values[0]) / 2))
+        print(f"{row:18}{psi:>16}", *(f"{a:7.3g} /{b:6.3g}" for a, b in values))
+    panel.plot(*zip(*means), marker="o", color=color, label=f"{name}, truncation 0.7, 1, 1.5, 2.2")
+panel.set(xlabel="diversity", ylabel="Frechet distance")
+panel.grid(alpha=0.3)
+figure.legend(loc="outside lower left", fontsize=8)
+figure.savefig("results/2/truncation.png", dpi=100)
+END
+}
 
 section_3() { python compare.py --run configs/systems.yaml --out results/3; }
 

@@ -33,7 +33,10 @@ DISCRIMINATORS = {"backbone": Discriminator, "oasis": OASISDiscriminator}
 
 def system_for(settings: Settings, num_classes: int) -> System:
     """The system that `settings.generator.name` names. Raises UserError for settings that it cannot have."""
-    return pkgutil.resolve_name(named(SYSTEMS, settings, "generator"))(settings, num_classes)
+    system = pkgutil.resolve_name(named(SYSTEMS, settings, "generator"))(settings, num_classes)
+    if settings.eval.truncation != 1 and "truncation" not in system.options:
+        raise UserError(f"eval.truncation is {settings.eval.truncation}; {settings.generator.name} is no GAN, set it to 1")
+    return system
 
 
 def named(table: dict, settings: Settings, section: str):

@@ -9,7 +9,7 @@ from PIL import Image
 
 import scenes
 from checkpoint import label_state, load_generator, save_checkpoint
-from config import check_settings
+from config import UserError, check_settings
 from interface import noise
 from labels import label_format
 from metrics import to_uint8
@@ -67,6 +67,8 @@ def test_truncation_multiplies_the_noise(call, model):
     assert torch.equal(evaluated, generator(label_map, 2.5 * noise([(7, 1)], 8, "cpu")))
     with pytest.raises(SystemExit, match=r"^error: --truncation: eval.truncation is 0.0; .*greater than 0"):
         call("sample.py", "--labels", "labels", "--out", "none", "--truncation", 0)
+    with pytest.raises(UserError, match="^eval.truncation is 2.0; sdm is no GAN"):
+        system_for(check_settings({"generator": {"name": "sdm"}, "eval": {"truncation": 2}}, "sdm"), 3)
 
 
 def test_ids_colors_palette_files_and_other_sizes_give_the_same_image(call, model):
