@@ -115,28 +115,23 @@ section_6() {
 section_7() { once 7/tests.txt python -m pytest -m slow -s; }
 
 section_8() {
-  python train.py --config configs/camvid128.yaml train.steps=1600 --resume
-  python train.py --config configs/camvid128.yaml name=camvid128_no_texture generator.texture=false train.steps=2400 --resume
-  python compare.py runs/camvid128 runs/camvid128_no_texture --out results/8
-  for kind in none downsample edges random; do
-    for fill in false true; do
-      once 8/${kind}_$fill.txt python evaluate.py --checkpoint runs/camvid128/checkpoints/0001600.pt eval.rough=$kind \
-        eval.fill_void=$fill --out results/8/${kind}_$fill.json
-    done
-    once 8/no_texture_$kind.txt python evaluate.py --checkpoint runs/camvid128_no_texture/checkpoints/0002400.pt eval.rough=$kind \
-      --out results/8/no_texture_$kind.json
+  for seed in 0 1; do
+    python train.py --config configs/camvid128.yaml name=camvid128_$seed seed=$seed --resume
   done
-  small="--config configs/camvid.yaml train.batch_size=4 --resume"
-  python train.py $small name=augmented train.steps=6000
-  python train.py $small name=augmented_no_texture generator.texture=false train.steps=5000 train.eval_every=500 train.keep=10
-  python train.py $small name=roughened generator.texture=false loss.rough=0.5 train.steps=1500 train.eval_every=0
-  python compare.py runs/augmented runs/augmented_no_texture runs/roughened --step 1500 --out results/8/augmented
-  for run in augmented_no_texture roughened; do
-    for kind in downsample edges random; do
-      once 8/$run/$kind.txt python evaluate.py --checkpoint runs/$run/checkpoints/0001500.pt eval.rough=$kind \
-        --out results/8/$run/$kind.json
+  python compare.py runs/camvid128_0 runs/camvid128_1 --step 1200 --out results/8
+  for psi in 0.7 1.3 1.7 2.2; do
+    once 8/truncation_$psi.txt python evaluate.py --checkpoint runs/camvid128_0/checkpoints/0002000.pt eval.truncation=$psi \
+      --out results/8/truncation_$psi.json
+  done
+  [ -e runs/camvid128_rough ] || cp -r runs/camvid128_0 runs/camvid128_rough
+  python train.py --config configs/camvid128.yaml name=camvid128_rough loss.rough=0.5 train.steps=2400 --resume
+  for kind in downsample edges random; do
+    for checkpoint in camvid128_0/checkpoints/0002000 camvid128_rough/checkpoints/0002400; do
+      once 8/$kind/${checkpoint%%/*}.txt python evaluate.py --checkpoint runs/$checkpoint.pt eval.rough=$kind \
+        --out results/8/$kind/${checkpoint%%/*}.json
     done
   done
+  python train.py --config configs/camvid.yaml name=camvid_long train.batch_size=4 train.steps=6000 --resume
 }
 
 for section in ${*:-1 2 3 4 5 6 7 8}; do
