@@ -132,6 +132,8 @@ section_8() {
     done
   done
   python train.py --config configs/camvid.yaml name=camvid_long train.batch_size=4 train.steps=6000 --resume
+  python train.py --config configs/camvid.yaml name=camvid_contrast train.batch_size=4 train.steps=4000 loss.contrastive=3 \
+    loss.contrastive_scales=3 --resume
 }
 
 for section in ${*:-1 2 3 4 5 6 7 8}; do
