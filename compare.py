@@ -311,7 +311,8 @@ def main(arguments: argparse.Namespace) -> None:
         notes[-1] += ", which is the last one of each run"
     rows, values = fill_table(groups, places, metric)
     if out:
-        titled = {changed or name: members for (name, changed), members in groups.items()}
+        titled = {changed if 0 < len(changed) <= 60 else f"{name} {changed}".strip(): members  # a legend has 60 characters
+                  for (name, changed), members in groups.items()}
         curves = {title: [run.metrics + run.log for run in members] for title, members in titled.items()}
         draw_curves(curves, out / "curves.png", "minutes" if arguments.time else "step")
         distance = next((name for name in metric_names(runs) if name.startswith(("fid", "fd_"))), "no distance")

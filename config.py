@@ -178,7 +178,8 @@ class EvalSettings(Section):
     batch_size: Count = key(8, "images at once, in each process")
     rough: Literal["none", "downsample", "edges", "random"] = key(
         "none", "how the label maps that generators get are roughened, see augment.roughen")
-    truncation: float = key(1.0, "what a GAN's noise is multiplied by: above 1 samples differ more, below 1 less", gt=0)
+    truncation: float = key(1.0, "factor of a GAN's noise in evaluation, sample.py and paint.py, not in training; "
+                            "above 1 samples differ more", gt=0)
     fill_void: Flag = key(False, "generators get the nearest label in place of void, as with sample.py --fill-void")
     features: str = key("tf_efficientnet_lite2", "network of the distances: inception, stlpips_vgg or any timm name")
     features_weights: str | None = key(None, "its local weight file")

@@ -99,7 +99,8 @@ def main(arguments: argparse.Namespace) -> None:
         (out / "example" / str(number)).write_bytes(pairs[i][1].numpy().tobytes())
     known = {key: state[key] for key in ("class_names", "palette", "ids", "step")}
     (out / "model.json").write_text(json.dumps(known | {
-        "server": False, "name": settings.name, "size": [height, width], "z_dim": generator.z_dim, "photos": False,
+        "server": False, "name": settings.name, "size": [height, width], "z_dim": generator.z_dim,
+        "truncation": settings.eval.truncation, "photos": False,
         "options": sorted(system.options), "choices": {}, "walk": WALK, "examples": len(examples)}))
     print(f"{out}: {model.stat().st_size / 1e6:.1f} MB beside the runtime; python -m http.server -d {out}")
 

@@ -63,7 +63,7 @@ section_2() {
         --out results/2/${run}_$psi.json
     done
   done
-  python - <<'END'
+  once 2/truncation.txt python - <<'END'
 import json
 from matplotlib.figure import Figure
 figure = Figure(figsize=(7, 4.5), layout="constrained")
@@ -123,10 +123,17 @@ section_8() {
     once 8/truncation_$psi.txt python evaluate.py --checkpoint runs/camvid128_0/checkpoints/0002000.pt eval.truncation=$psi \
       --out results/8/truncation_$psi.json
   done
-  [ -e runs/camvid128_rough ] || cp -r runs/camvid128_0 runs/camvid128_rough
+  once 8/truncation_1_1.7.txt python evaluate.py --checkpoint runs/camvid128_1/checkpoints/0002000.pt eval.truncation=1.7 \
+    --out results/8/truncation_1_1.7.json
+  for name in control rough; do
+    if [ ! -e runs/camvid128_$name ]; then
+      rm -rf runs/camvid128_copy && cp -r runs/camvid128_0 runs/camvid128_copy && mv runs/camvid128_copy runs/camvid128_$name
+    fi
+  done
+  python train.py --config configs/camvid128.yaml name=camvid128_control train.steps=2400 --resume
   python train.py --config configs/camvid128.yaml name=camvid128_rough loss.rough=0.5 train.steps=2400 --resume
   for kind in downsample edges random; do
-    for checkpoint in camvid128_0/checkpoints/0002000 camvid128_rough/checkpoints/0002400; do
+    for checkpoint in camvid128_0/checkpoints/0002000 camvid128_{control,rough}/checkpoints/0002400; do
       once 8/$kind/${checkpoint%%/*}.txt python evaluate.py --checkpoint runs/$checkpoint.pt eval.rough=$kind \
         --out results/8/$kind/${checkpoint%%/*}.json
     done
@@ -134,6 +141,7 @@ section_8() {
   python train.py --config configs/camvid.yaml name=camvid_long train.batch_size=4 train.steps=6000 --resume
   python train.py --config configs/camvid.yaml name=camvid_contrast train.batch_size=4 train.steps=4000 loss.contrastive=3 \
     loss.contrastive_scales=3 --resume
+  python compare.py runs/camvid_long runs/camvid_contrast --out results/8/small
 }
 
 for section in ${*:-1 2 3 4 5 6 7 8}; do

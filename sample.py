@@ -137,7 +137,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--fill-void", action="store_true", help="give unlabelled pixels the nearest label first")
     parser.add_argument("--config", type=Path, metavar="FILE", help="configuration of an official checkpoint")
     parser.add_argument("--truncation", type=float, metavar="PSI",
-                        help="GANs: the noise times PSI; above 1 samples differ more, below 1 less")
+                        help="GANs: the noise times PSI (default: the model's eval.truncation, 1); above 1 samples differ more")
     parser.add_argument("--noise", choices=("image", "class", "pixel"), default="image",
                         help="OASIS: one noise vector for the image, for each class in it, or for each pixel")
     parser.add_argument("--steps", type=int, metavar="N", help="SDM: steps of an image, 2 to 1000")

@@ -35,7 +35,8 @@ def system_for(settings: Settings, num_classes: int) -> System:
     """The system that `settings.generator.name` names. Raises UserError for settings that it cannot have."""
     system = pkgutil.resolve_name(named(SYSTEMS, settings, "generator"))(settings, num_classes)
     if settings.eval.truncation != 1 and "truncation" not in system.options:
-        raise UserError(f"eval.truncation is {settings.eval.truncation}; {settings.generator.name} is no GAN, set it to 1")
+        raise UserError(f"eval.truncation is {settings.eval.truncation}; {settings.generator.name} has no noise to "
+                        f"multiply, set it to 1")
     return system
 
 

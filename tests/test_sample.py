@@ -67,7 +67,7 @@ def test_truncation_multiplies_the_noise(call, model):
     assert torch.equal(evaluated, generator(label_map, 2.5 * noise([(7, 1)], 8, "cpu")))
     with pytest.raises(SystemExit, match=r"^error: --truncation: eval.truncation is 0.0; .*greater than 0"):
         call("sample.py", "--labels", "labels", "--out", "none", "--truncation", 0)
-    with pytest.raises(UserError, match="^eval.truncation is 2.0; sdm is no GAN"):
+    with pytest.raises(UserError, match="^eval.truncation is 2.0; sdm has no noise to multiply"):
         system_for(check_settings({"generator": {"name": "sdm"}, "eval": {"truncation": 2}}, "sdm"), 3)
 
 

@@ -70,8 +70,8 @@ def test_run_folder_and_exact_resume(train, tiny_config, tmp_path):
 def test_shared_batch_gives_the_gradient_of_the_whole(train, tiny_config, tmp_path, monkeypatch, processes, accumulation,
                                                       diversity, tolerance):
     """Two processes, or two rounds, of 4 images against one of 8. Adam's first moment is the gradient itself, as its
-    beta is 0. Activations are smooth: where one has a kink near 0, or the diversity loss the sign of a difference, rounding
-    decides, which changes a gradient by a thousandth of its largest value."""
+    beta is 0. Activations are made smooth: at a kink near 0 rounding decides, which changes a gradient by a thousandth of its
+    largest value. The diversity loss keeps its kinks, the signs of differences, and so has the larger tolerance."""
     for activation in ("relu", "leaky_relu", "hardtanh"):
         monkeypatch.setattr(F, activation, lambda x, *_, **__: F.silu(x))
     options = ["train.steps=1", "train.batch_size=8", f"loss.diversity={diversity}"]
