@@ -99,6 +99,7 @@ def in_child(folder: Path, function, *arguments, **environment):
     """Start `function` in a forked process, which spares the start of Python and torch; its output goes to out.txt."""
     def target():
         os.setsid()  # signals to its group reach its loading processes and not us
+        torch.set_num_threads(1)  # makes anew the thread pool that is lost in a fork; autograd's threads would race for it
         os.chdir(folder)
         os.environ.update({name: str(value) for name, value in environment.items()})
         sys.stdout = sys.stderr = open("out.txt", "a", buffering=1)
