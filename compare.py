@@ -30,7 +30,7 @@ from dataset import build_dataset, evenly_spaced
 from distributed import hold
 from evaluation import higher_is_better
 from interface import sample_seed
-from plots import draw_curves, draw_exchange, draw_strips, is_headline, read_records
+from plots import draw_curves, draw_strips, is_headline, read_records
 from systems import system_for
 
 TRAIN = Path(__file__).parent / "train.py"
@@ -311,14 +311,8 @@ def main(arguments: argparse.Namespace) -> None:
         notes[-1] += ", which is the last one of each run"
     rows, values = fill_table(groups, places, metric)
     if out:
-        titled = {changed if 0 < len(changed) <= 60 else f"{name} {changed}".strip(): members  # a legend has 60 characters
-                  for (name, changed), members in groups.items()}
-        curves = {title: [run.metrics + run.log for run in members] for title, members in titled.items()}
+        curves = {" ".join(row): [run.metrics + run.log for run in members] for row, members in groups.items()}
         draw_curves(curves, out / "curves.png", "minutes" if arguments.time else "step")
-        distance = next((name for name in metric_names(runs) if name.startswith(("fid", "fd_"))), "no distance")
-        diversity = next((name for name in metric_names(runs) if "_diversity" in name), "no diversity")
-        records = {title: [run.evaluation("last") for run in members] for title, members in titled.items()}
-        draw_exchange(records, diversity, distance, out / "exchange.png")
         notes += draw_pictures(runs, out / "pictures.png", arguments.step)
         with whole_file(out / "table.csv") as path, open(path, "w", newline="") as file:
             writer = csv.DictWriter(file, dict.fromkeys(key for row in values for key in row))
@@ -327,7 +321,7 @@ def main(arguments: argparse.Namespace) -> None:
         for name, text in {"table.md": "\n\n".join([markdown(rows), *notes]), "table.tex": latex(rows)}.items():
             with whole_file(out / name) as path:
                 path.write_text(text + "\n")
-        notes.append(f"wrote {out}/table.md, table.csv, table.tex, curves.png, exchange.png, pictures.png")
+        notes.append(f"wrote {out}/table.md, table.csv, table.tex, curves.png, pictures.png")
     print(markdown(rows), *notes, sep="\n")
 
 
@@ -338,8 +332,7 @@ if __name__ == "__main__":
     parser.add_argument("--print", action="store_true", help="with --run: only print the commands, for a scheduler")
     parser.add_argument("--step", type=int, help="compare at this step too, and draw pictures with its checkpoints")
     parser.add_argument("--metric", help="which picks the best evaluation; else eval.metric of each run")
-    parser.add_argument("--out", type=Path, help="folder for table.md, .csv and .tex, curves.png, exchange.png (distance "
-                        "against diversity) and pictures.png")
+    parser.add_argument("--out", type=Path, help="folder for table.md, .csv and .tex, curves.png and pictures.png")
     parser.add_argument("--time", action="store_true", help="curves against minutes")
     arguments = parser.parse_intermixed_args()
     if bool(arguments.run) == bool(arguments.runs):

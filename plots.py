@@ -82,27 +82,6 @@ def draw_group(panel, curves: list[dict[int, tuple[float, float]]], look: dict) 
         panel.fill_between(xs, mean - spread, mean + spread, color=look["color"], alpha=0.15, linewidth=0)
 
 
-def draw_exchange(groups: dict[str, list[dict]], x: str, y: str, path: Path) -> None:
-    """One metric against another: a point for each record that has both, a color and shape for each group, and the mean of
-    the group, larger. Raises UserError where `path` cannot be written.
-
-    Args:
-        groups: name in the legend -> flat records, one a run. x, y: names of the metrics. path: PNG.
-    """
-    figure = Figure(figsize=(7, 4 + 0.18 * len(groups)), layout="constrained")
-    panel = figure.subplots()
-    for i, (name, records) in enumerate(groups.items()):
-        points = np.array([(record[x], record[y]) for record in records if None not in (record.get(x), record.get(y))])
-        look = {"color": COLORS[i % len(COLORS)], "marker": "osDv"[i // len(COLORS) % 4]}
-        panel.scatter(*points.reshape(-1, 2).T, s=18, alpha=0.6, **look)
-        panel.scatter(*points.mean(0, keepdims=True).T if len(points) else ([], []), s=70, label=name[:80], **look)
-    panel.set(xlabel=x, ylabel=y)
-    panel.grid(alpha=0.3)
-    figure.legend(loc="outside lower left", fontsize=8)
-    with whole_file(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=100)
-
-
 def thinned(points: np.ndarray) -> np.ndarray:
     """(steps, ...) -> (at most POINTS, ...), means of neighbors."""
     return np.stack([part.mean(0) for part in np.array_split(points, min(POINTS, len(points)))])

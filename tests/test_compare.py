@@ -18,7 +18,6 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, TINY
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 from test_paint import write_checkpoint
@@ -68,9 +67,7 @@ def four_runs(tmp_path):
             for name, values in distances.items()]
 
 
-def test_table_has_means_and_deviations_of_seeds(four_runs, tmp_path, capsys, monkeypatch):
-    axes = []
-    monkeypatch.setattr(compare, "draw_exchange", lambda records, x, y, path: axes.append((x, y)))
+def test_table_has_means_and_deviations_of_seeds(four_runs, tmp_path, capsys):
     call(*four_runs, step=4, out=tmp_path / "out")
     said = capsys.readouterr().out
     rows = rows_of(said)
@@ -79,7 +76,7 @@ def test_table_has_means_and_deviations_of_seeds(four_runs, tmp_path, capsys, mo
     assert fd[("last", "a")] == fd[("best", "a")] == fd[("4", "a")] == two
     assert fd[("last", "b")] == f"77.50 ± {statistics.stdev((85, 70)):.2f}" and rows[("last", "b")]["step"] == "2 to 4"
     assert fd[("best", "b")] == f"75.00 ± {statistics.stdev((80, 70)):.2f}" and rows[("best", "b")]["step"] == "2"
-    assert fd[("4", "b")] == "85.00 (n=1)" and axes == [("no diversity", "fd_tf_efficientnet_lite2")]
+    assert fd[("4", "b")] == "85.00 (n=1)"
     assert rows[("last", "b")]["changed"] == "loss.contrastive=0.0" and rows[("last", "a")]["changed"] == ""
     assert "runs/b_1: stopped at step 4 of 4" in said  # trained, but the last evaluation is missing
     assert "where a row does not say: loss.contrastive=0.3" in said and "best: by fd_tf_efficientnet_lite2" in said
@@ -142,16 +139,6 @@ def test_curves_show_metrics_and_losses(four_runs, tmp_path, monkeypatch):
     with open(four_runs[0] / "log.jsonl", "a") as file:
         file.write('{"step": 5, "g_pi')  # killed while it wrote
     assert plots.read_records(four_runs[0] / "log.jsonl") == records[1]
-
-
-def test_one_metric_against_another(tmp_path, monkeypatch):
-    """A point a record and, larger, their mean; a record without one of the two, and a group without any, have none."""
-    drawn, scatter = [], Axes.scatter
-    monkeypatch.setattr(Axes, "scatter", lambda panel, x, y, **look: (drawn.append([*map(list, (x, y))]),
-                                                                      scatter(panel, x, y, **look)))
-    groups = {"a": [{"x": 1, "y": 10}, {"x": 2, "y": 30}, {"x": 3}], "b": [{}]}
-    plots.draw_exchange(groups, "x", "y", tmp_path / "exchange.png")
-    assert drawn == [[[1, 2], [10, 30]], [[1.5], [20]], [[], []], [[], []]] and (tmp_path / "exchange.png").exists()
 
 
 def test_pictures_are_those_of_the_generators(train, tiny_config, tmp_path):
