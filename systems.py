@@ -3,6 +3,7 @@
 Here settings become networks; nothing else in the project asks which system it holds.
 """
 
+import copy
 import pkgutil
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 import diffusion
 from backbones import Backbone
-from config import Settings, UserError, check_settings
+from config import EvalSettings, Settings, UserError, check_settings
 from denoising import Diffusion
 from gan import GAN
 from interface import System, Trainer, complete, noise, sample_seed
@@ -86,8 +87,11 @@ class Adversarial(System):
     def with_options(self, options: Namespace) -> System:
         if options.truncation is None:
             return self
-        given = self.settings.model_dump() | {"eval": {**self.settings.eval.model_dump(), "truncation": options.truncation}}
-        return type(self)(check_settings(given, "--truncation"), self.num_classes)
+        given = self.settings.eval.model_dump() | {"truncation": options.truncation}
+        given = check_settings(given, "--truncation", EvalSettings, "eval.")
+        chosen = copy.copy(self)  # paint.py asks at every stroke
+        chosen.settings = self.settings.model_copy(update={"eval": given})
+        return chosen
 
     def draw(self, generator: nn.Module, maps: list[Tensor], key: tuple[int, int], options: Namespace,
              numbers: Iterable[int] | None = None, preview=None) -> Iterator[Tensor]:
