@@ -226,8 +226,7 @@ def draw_pictures(runs: list[Run], path: Path, step: int | None, count: int = 8)
         except UserError as error:
             notes.append(f"{error}; not in {path.name}")
             continue
-        system = system.with_options(argparse.Namespace(
-            steps=run.settings.diffusion.sheet_steps, guidance=None, truncation=None))
+        system = system.with_options(argparse.Namespace(steps=run.settings.diffusion.sheet_steps))
         indices = evenly_spaced(len(dataset), count)
         real, label_map, *instances = (torch.stack(column).to(device) for column in zip(*(dataset[i] for i in indices)))
         images = system.sampler(generator)(label_map.long(), [sample_seed(0, i) for i in indices], 0, *instances)

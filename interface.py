@@ -3,6 +3,7 @@
 A system of your own is a subclass of each in a file of its own, and one line in the table of systems.py.
 """
 
+import copy
 import inspect
 import typing
 from argparse import Namespace
@@ -120,9 +121,11 @@ class System:
     Attributes:
         settings: of the run. num_classes: C.
         options: the options of sample.py that it has, beside those that every system has.
+        changes: those of them that change a setting of the same name -> the section of that setting.
     """
 
     options: frozenset[str] = frozenset()
+    changes: dict[str, str] = {}
 
     def __init__(self, settings: Settings, num_classes: int):
         self.settings, self.num_classes = settings, num_classes
@@ -166,8 +169,13 @@ class System:
             yield to_uint8(self.generate(generator, maps[0], [sample_seed(*key)], k, *maps[1:], **more))[0]
 
     def with_options(self, options: Namespace) -> "System":
-        """This system with the settings that options of sample.py change. Raises UserError."""
-        return self
+        """This system with the settings that options of sample.py change, those that are not None. Raises UserError."""
+        given, chosen = self.settings.model_dump(), copy.copy(self)
+        for option, section in self.changes.items():
+            if (value := getattr(options, option, None)) is not None:
+                given[section][option] = value
+        chosen.settings = check_settings(given, ", ".join(f"--{option}" for option in self.changes))
+        return chosen
 
     def load_official(self, generator: nn.Module, state: dict[str, Tensor]) -> None:
         """Load the published code's state dict. Raises RuntimeError where it does not fit, UserError where there is none."""

@@ -93,8 +93,7 @@ class Studio:
             raise UserError(f"{chosen}: choose among {self.choices}")
         if chosen.get("noise", "image") != "image" and (walk or redraws):
             raise UserError("the noise of classes or pixels has no walk and no redraws")
-        options = {"interpolate": walk and WALK, "resample": None, "noise": "image", "steps": None, "guidance": None,
-                   "truncation": None} | chosen
+        options = {"interpolate": walk and WALK, "resample": None, "noise": "image"} | chosen
         system = self.system.with_options(argparse.Namespace(**options))
         preview = (lambda image: send(rgba(image))) if "steps" in system.options else None
         mark = self.newest[page] = object()

@@ -3,7 +3,6 @@
 Here settings become networks; nothing else in the project asks which system it holds.
 """
 
-import copy
 import pkgutil
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 import diffusion
 from backbones import Backbone
-from config import EvalSettings, Settings, UserError, check_settings
+from config import Settings, UserError
 from denoising import Diffusion
 from gan import GAN
 from interface import System, Trainer, complete, noise, sample_seed
@@ -56,6 +55,7 @@ class Adversarial(System):
     """
 
     options = frozenset({"resample", "interpolate", "truncation"})
+    changes = {"truncation": "eval"}
     generator_class: type[nn.Module]
 
     def __init__(self, settings: Settings, num_classes: int):
@@ -83,15 +83,6 @@ class Adversarial(System):
     def generate(self, generator: nn.Module, label_map: Tensor, seeds: list[int], k: int, preview=None) -> Tensor:
         z = noise([(seed, k) for seed in seeds], generator.z_dim, label_map.device)
         return generator(label_map, self.settings.eval.truncation * z)
-
-    def with_options(self, options: Namespace) -> System:
-        if options.truncation is None:
-            return self
-        given = self.settings.eval.model_dump() | {"truncation": options.truncation}
-        given = check_settings(given, "--truncation", EvalSettings, "eval.")
-        chosen = copy.copy(self)  # paint.py asks at every stroke
-        chosen.settings = self.settings.model_copy(update={"eval": given})
-        return chosen
 
     def draw(self, generator: nn.Module, maps: list[Tensor], key: tuple[int, int], options: Namespace,
              numbers: Iterable[int] | None = None, preview=None) -> Iterator[Tensor]:
@@ -161,6 +152,8 @@ class OASIS(Adversarial):
 class SDM(System):
     """Wang et al., 2022; network in sdm.py, mathematics in diffusion.py."""
 
+    changes = {"steps": "diffusion", "guidance": "diffusion"}
+
     def __init__(self, settings: Settings, num_classes: int):
         super().__init__(complete(settings, "generator", SDMUNet), num_classes)
         edges = self.settings.generator.arguments["instance_edges"]
@@ -182,11 +175,6 @@ class SDM(System):
         alone = not dist.is_initialized() or dist.get_rank() == 0
         return diffusion.sample(generator, label_map, noises, given.steps, given.guidance, given.sampler, *instances,
                                 preview=preview, progress=preview is None and alone)
-
-    def with_options(self, options: Namespace) -> System:
-        changes = {key: value for key in ("steps", "guidance") if (value := getattr(options, key)) is not None}
-        given = self.settings.model_dump() | {"diffusion": self.settings.diffusion.model_dump() | changes}
-        return SDM(check_settings(given, "--steps, --guidance"), self.num_classes)
 
     def load_official(self, generator: nn.Module, state: dict[str, Tensor]) -> None:
         generator.load_official(state)
