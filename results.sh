@@ -119,6 +119,10 @@ section_8() {
     python train.py --config configs/camvid128.yaml name=camvid128_$seed seed=$seed --resume
   done
   python compare.py runs/camvid128_0 runs/camvid128_1 --step 1200 --out results/8
+  for seed in 0 1; do  # as many maps as section 3 has
+    once 8/maps_$seed.txt python evaluate.py --checkpoint runs/camvid128_$seed/checkpoints/0001200.pt eval.diversity_maps=16 \
+      --out results/8/maps_$seed.json
+  done
   for psi in 0.7 1.3 1.7 2.2; do
     once 8/truncation_$psi.txt python evaluate.py --checkpoint runs/camvid128_0/checkpoints/0002000.pt eval.truncation=$psi \
       --out results/8/truncation_$psi.json
