@@ -2,11 +2,12 @@
 
 import multiprocessing
 import os
+import re
 import runpy
 import signal
 import socket
-import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ TINY = {
     "discriminator": {"channels": 4},
     "loss": {"contrastive_patches": 16},
     "train": {"steps": 4, "batch_size": 4, "log_every": 1, "sample_every": 0, "eval_every": 0, "save_every": 2},
-    "eval": {"num_images": 8, "features_size": 64, "segmenter_steps": 4, "diversity_maps": 2, "diversity_samples": 2,
+    "eval": {"num_images": 4, "features_size": 64, "segmenter_steps": 1, "diversity_maps": 2, "diversity_samples": 0,
              "diversity_network": "stlpips_alex", "diversity_size": 64},
 }
 
@@ -46,25 +47,55 @@ def tiny_config(tmp_path) -> Path:
 
 
 @pytest.fixture
-def run(tmp_path):
-    """Runs a script of the project in an empty folder: run("train.py", ...) -> CompletedProcess."""
-    def start(script: str, *arguments: str, processes: int = 0, **options) -> subprocess.CompletedProcess:
-        launcher = [sys.executable]
-        if processes:
-            launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        return subprocess.run([*launcher, str(ROOT / script), *map(str, arguments)], cwd=tmp_path, capture_output=True,
-                              env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True, timeout=300, **options)
-    return start
-
-
-@pytest.fixture
 def call(tmp_path, monkeypatch):
-    """The same within this process, which spares the imports: call("sample.py", ...); an error is a SystemExit."""
+    """Runs a script in an empty folder: call("sample.py", ...). Within this process, which spares the imports; an error is
+    a SystemExit."""
     monkeypatch.chdir(tmp_path)
     def start(script: str, *arguments: str) -> None:
         monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
         runpy.run_path(str(ROOT / script), run_name="__main__")
     return start
+
+
+def write_checkpoint(path: Path, **changes) -> Path:
+    """A checkpoint with random weights."""
+    from checkpoint import label_state, save_checkpoint
+    from config import check_settings
+    from labels import label_format
+    from systems import system_for
+    settings = check_settings({**TINY, **changes}, "test")
+    form = label_format(settings.data)
+    torch.manual_seed(0)
+    generator = system_for(settings, form.num_classes).build()
+    for parameter in generator.parameters():
+        if not parameter.any():  # zeros, as at the start of training, would hide what they multiply
+            torch.nn.init.normal_(parameter, std=0.05)
+    save_checkpoint({**label_state(form), "config": settings.model_dump(mode="json"), "step": 7,
+                     "ema": generator.state_dict()}, path)
+    return path
+
+
+@pytest.fixture
+def label_maps(tmp_path) -> Path:
+    """A folder of three label maps as ids."""
+    import scenes
+    (tmp_path / "labels").mkdir()
+    for i in range(3):
+        Image.fromarray(scenes.render("val", i, (32, 32))[1]).save(tmp_path / "labels" / f"map{i}.png")
+    return tmp_path / "labels"
+
+
+@pytest.fixture
+def sample(tmp_path, call):
+    """sample.py on a label map: sample(label, "--num", 3, ...) -> its pictures, in the order of their numbers."""
+    def draw(label: np.ndarray | Image.Image, *options) -> list[np.ndarray]:
+        folder = Path(tempfile.mkdtemp(dir=tmp_path))
+        (folder / "labels").mkdir()
+        (label if isinstance(label, Image.Image) else Image.fromarray(label)).save(folder / "labels/painted.png")
+        call("sample.py", "--labels", folder / "labels", "--out", folder / "out", *options)
+        number = lambda path: ([int(digits) for digits in re.findall(r"\d+", path.name)], path.name)
+        return [np.asarray(Image.open(path)) for path in sorted((folder / "out").iterdir(), key=number)]
+    return draw
 
 
 @pytest.fixture
@@ -126,10 +157,3 @@ def trainer_of(given: dict, num_classes: int = 12):
     from config import check_settings
     from systems import system_for
     return system_for(check_settings(given, "tiny"), num_classes).trainer(torch.device("cpu"))
-
-
-def error_line(result: subprocess.CompletedProcess) -> str:
-    """The one line that a failed script ends with; fails the test on a traceback or a success."""
-    assert result.returncode != 0 and "Traceback" not in result.stderr, result.stderr
-    [line] = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    return line

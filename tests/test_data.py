@@ -1,23 +1,13 @@
 """The commands of data.py."""
 
-import sys
-
 import numpy as np
 import pytest
 import yaml
 from PIL import Image
 from test_dataset import ids, put, settings, tree
 
-import data
-from config import run_script
 from dataset import build_dataset
 from labels import label_format
-
-
-def run(monkeypatch, *arguments):
-    """`python data.py ...`; SystemExit with its last line if that fails."""
-    monkeypatch.setattr(sys, "argv", ["data.py", *map(str, arguments)])
-    run_script(data.main)
 
 
 def config_file(tmp_path, **changes):
@@ -26,45 +16,45 @@ def config_file(tmp_path, **changes):
     return path
 
 
-def test_check_passes(tmp_path, monkeypatch, capsys):
+def test_check_passes(tmp_path, call, capsys):
     tree(tmp_path, ids(0, 1, 1, 3))
-    run(monkeypatch, "check", "--config", config_file(tmp_path, void=3))
+    call("data.py", "check", "--config", config_file(tmp_path, void=3))
     report = capsys.readouterr().out
     assert "train: 2 pairs" in report and "8 x 6 (2)" in report and "ready" in report
     assert "  0   93.750%  class 0" in report and "  1    4.167%" in report and "  3    2.083%  void" in report
     assert "1 of 3 classes have no pixel" in report
 
 
-def test_check_names_every_problem(tmp_path, monkeypatch, capsys):
+def test_check_names_every_problem(tmp_path, call, capsys):
     tree(tmp_path, ids(0), stems="abcdef")
     put(tmp_path / "train/labels/a.png", ids(0, 255))
     broken = tmp_path / "train/images/d.jpg"
     broken.write_bytes(broken.read_bytes()[:300])
     (tmp_path / "train/images/e.jpg").unlink()
     with pytest.raises(SystemExit, match="^error: this data set cannot be trained on"):
-        run(monkeypatch, "check", "--config", config_file(tmp_path))
+        call("data.py", "check", "--config", config_file(tmp_path))
     out = capsys.readouterr().out
     assert "train: 5 pairs; 3 files cannot be used" in out and "val: 6 pairs; 0 files" in out
     assert "a.png: id 255, as in a 0/255" in out and "d.jpg: damaged" in out and "e.png: no image" in out
 
 
-def test_export_spells_labels_as_the_data_set_does(tmp_path, monkeypatch):
+def test_export_spells_labels_as_the_data_set_does(tmp_path, call):
     tree(tmp_path, ids(0, 1, 150), "ade20k", stems=("a", "old/a"))
     out = tmp_path / "out"
     arguments = ("export", "--config", config_file(tmp_path, name="ade20k"), "--out", out)
-    run(monkeypatch, *arguments, "--count", 0, "data.size=[12, 16]")
+    call("data.py", *arguments, "--count", 0, "data.size=[12, 16]")
     assert sorted((out / "images").rglob("*.png")) == [out / "images/a.png", out / "images/old/a.png"]
     assert np.array_equal(Image.open(out / "labels/a.png"), np.kron(ids(0, 1, 150), np.ones((2, 2), np.uint8)))
     dataset = build_dataset(settings(tmp_path, "ade20k", size=[12, 16]), "val")
     assert np.array_equal(Image.open(out / "images/a.png"), dataset[0][0].permute(1, 2, 0))
     with pytest.raises(SystemExit, match="exists; remove it or choose another --out"):
-        run(monkeypatch, *arguments)
+        call("data.py", *arguments)
 
 
-def test_show_draws_pairs_and_legend(tmp_path, monkeypatch):
+def test_show_draws_pairs_and_legend(tmp_path, call):
     tree(tmp_path, ids(0, 1, 2))
     out = tmp_path / "new/sheet.png"
-    run(monkeypatch, "show", "--config", config_file(tmp_path, classes=["cat", "dog", "cow"]), "--out", out, "--count", 2)
+    call("data.py", "show", "--config", config_file(tmp_path, classes=["cat", "dog", "cow"]), "--out", out, "--count", 2)
     sheet = np.asarray(Image.open(out))
     for color in label_format(settings("", classes=3)).palette:
         assert (sheet == color).all(-1).any()

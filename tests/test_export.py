@@ -9,8 +9,8 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from conftest import TINY
-from test_paint import OASIS, SDM, write_checkpoint
+from conftest import TINY, write_checkpoint
+from test_paint import OASIS, SDM
 
 import export
 import scenes

@@ -10,28 +10,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-import yaml
-from conftest import ROOT, TINY, in_child, together
-from PIL import Image
+from conftest import ROOT, in_child
 
-import sample
-import scenes
 import train as script
 from checkpoint import load_checkpoint, save_checkpoint
 from config import UserError
-
-
-@pytest.fixture
-def config(tmp_path) -> Path:
-    """The miniature model with the least of evaluation."""
-    path = tmp_path / "quick.yaml"
-    judges = {**TINY["eval"], "num_images": 4, "segmenter_steps": 1, "diversity_samples": 0}
-    path.write_text(yaml.safe_dump({**TINY, "eval": judges}))
-    return path
+from plots import read_records
 
 
 def wait_for(condition, seconds: float = 120):
@@ -39,10 +26,6 @@ def wait_for(condition, seconds: float = 120):
     while not condition():
         assert time.monotonic() < limit, "waited in vain"
         time.sleep(0.002)
-
-
-def lines_of(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("}\n")]
 
 
 def step_of(path: Path) -> int:
@@ -60,7 +43,7 @@ def children(process: int) -> list[int]:
 
 
 @pytest.mark.parametrize("kills, eval_every", [(3, 0), pytest.param(20, 6, marks=pytest.mark.slow)])
-def test_kills_lose_no_saved_step(train, config, tmp_path, kills, eval_every):
+def test_kills_lose_no_saved_step(train, tiny_config, tmp_path, kills, eval_every):
     """Every second kill comes while a file is being written, the others at any time; every step saves."""
     run, rng, reached, torn = tmp_path / "runs/tiny", random.Random(0), 0, 0
     folder = run / "checkpoints"
@@ -68,7 +51,7 @@ def test_kills_lose_no_saved_step(train, config, tmp_path, kills, eval_every):
     version = lambda: (folder / "latest.pt").stat().st_ino if (folder / "latest.pt").exists() else None
     for number in range(kills):
         before = version()
-        process = in_child(tmp_path, lambda: train(config, "train.steps=100000", *options, resume=True))
+        process = in_child(tmp_path, lambda: train(tiny_config, "train.steps=100000", *options, resume=True))
         wait_for(lambda: version() != before or not process.is_alive())
         time.sleep(rng.uniform(0, 0.5))
         if number % 2:
@@ -79,40 +62,40 @@ def test_kills_lose_no_saved_step(train, config, tmp_path, kills, eval_every):
         torn += any(run.glob("**/*.tmp"))
         steps = {path.name: step_of(path) for path in folder.glob("*.pt")}  # every one can be read
         assert steps["latest.pt"] == max(steps.values()) > reached
-        assert steps["latest.pt"] >= lines_of(run / "log.jsonl")[-1]["step"] - 1
+        assert steps["latest.pt"] >= read_records(run / "log.jsonl")[-1]["step"] - 1
         reached = steps["latest.pt"]
     assert torn > 0
-    process = in_child(tmp_path, lambda: train(config, f"train.steps={reached + 2}", *options, resume=True))
+    process = in_child(tmp_path, lambda: train(tiny_config, f"train.steps={reached + 2}", *options, resume=True))
     process.join()
     assert process.exitcode == 0, (tmp_path / "out.txt").read_text()
     assert step_of(folder / "latest.pt") == reached + 2
-    assert [record["step"] for record in lines_of(run / "log.jsonl")] == list(range(1, reached + 3))
-    metrics = lines_of(run / "metrics.jsonl")
+    assert [record["step"] for record in read_records(run / "log.jsonl")] == list(range(1, reached + 3))
+    metrics = read_records(run / "metrics.jsonl")
     evaluated = [step for step in range(1, reached + 2) if eval_every and step % eval_every == 0] + [reached + 2]
     assert [record["step"] for record in metrics] == evaluated
     assert step_of(folder / "best.pt") == min(metrics, key=lambda record: record["fd_tf_efficientnet_lite2"])["step"]
     assert not list(tmp_path.glob("runs/**/*.tmp"))
 
 
-def test_an_evaluation_cut_short_is_made_up_for(train, config, tmp_path, monkeypatch):
+def test_an_evaluation_cut_short_is_made_up_for(train, tiny_config, tmp_path, monkeypatch):
     options = ["train.steps=2"]
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
         patch.setattr(script, "evaluate_generator", lambda *_, **__: 1 / 0)
-        train(config, *options)
+        train(tiny_config, *options)
     run = tmp_path / "runs/tiny"
     assert step_of(run / "checkpoints/latest.pt") == 2 and not (run / "checkpoints/best.pt").exists()
     for _ in range(2):  # once, that is
-        train(config, *options, resume=True)
-        assert [record["step"] for record in lines_of(run / "metrics.jsonl")] == [2]
+        train(tiny_config, *options, resume=True)
+        assert [record["step"] for record in read_records(run / "metrics.jsonl")] == [2]
         assert step_of(run / "checkpoints/best.pt") == 2
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
-def test_signals(train, config, tmp_path, number):
+def test_signals(train, tiny_config, tmp_path, number):
     """Ctrl-C and SIGTERM save first, though they reach the loading processes too; those end with a killed parent."""
-    process = in_child(tmp_path, lambda: train(config, "train.steps=100000", "train.save_every=0", "data.workers=2"))
+    process = in_child(tmp_path, lambda: train(tiny_config, "train.steps=100000", "train.save_every=0", "data.workers=2"))
     log = tmp_path / "runs/tiny/log.jsonl"
-    wait_for(lambda: log.exists() and len(lines_of(log)) >= 2)
+    wait_for(lambda: len(read_records(log)) >= 2)
     workers = children(process.pid)
     assert len(workers) == 2
     (os.kill if number == signal.SIGKILL else os.killpg)(process.pid, number)
@@ -138,40 +121,28 @@ def test_disk_full_keeps_the_old_checkpoint(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["latest.pt"] and latest.read_bytes() == before
 
 
-def test_a_disk_that_is_full_under_the_samples(call, train, config, tmp_path):
+def test_a_disk_that_is_full_under_the_samples(call, train, tiny_config, tmp_path):
     """With more space the run goes on."""
     full = tmp_path / "runs/tiny/samples/0000002.png"
-    train(config, "train.steps=1")
+    train(tiny_config, "train.steps=1")
     full.symlink_to("/dev/full")
-    arguments = ["--config", config, "train.steps=2", "--resume"]
+    arguments = ["--config", tiny_config, "train.steps=2", "--resume"]
     with pytest.raises(SystemExit, match=r"^error: runs: cannot be written \(No space left on device\); free space and go on"):
         call("train.py", *arguments)
     full.unlink(missing_ok=True)
     call("train.py", *arguments)
     assert full.exists() and (tmp_path / "runs/tiny/curves.png").exists()
-    assert [record["step"] for record in lines_of(tmp_path / "runs/tiny/log.jsonl")] == [1, 2]
-
-
-def test_a_checkpoint_with_one_wrong_bit_is_refused(tmp_path):
-    path = tmp_path / "latest.pt"
-    save_checkpoint({"config": {}, "class_names": ["a"], "palette": [[0, 0, 0]] * 2, "step": 3,
-                     "ema": {"weight": torch.randn(100, 1000)}}, path)
-    assert step_of(path) == 3
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-    with pytest.raises(UserError, match=r"latest.pt: cut short, altered .* --resume"):
-        load_checkpoint(path)
+    assert [record["step"] for record in read_records(tmp_path / "runs/tiny/log.jsonl")] == [1, 2]
 
 
 @pytest.mark.slow
-def test_a_thousand_steps_grow_nothing(train, config, tmp_path):
+def test_a_thousand_steps_grow_nothing(train, tiny_config, tmp_path):
     options = ["train.steps=1000", "data.workers=2", "train.log_every=10", "train.save_every=50", "train.sample_every=50",
                "train.eval_every=100"]
-    process = in_child(tmp_path, lambda: train(config, *options))
+    process = in_child(tmp_path, lambda: train(tiny_config, *options))
     log, looks = tmp_path / "runs/tiny/log.jsonl", []
     for step in range(110, 1000, 110):  # between two evaluations
-        wait_for(lambda: log.exists() and len(lines_of(log)) >= step // 10 or not process.is_alive(), 3000)
+        wait_for(lambda: len(read_records(log)) >= step // 10 or not process.is_alive(), 3000)
         group = [process.pid, *children(process.pid)]
         assert len(group) == 3
         memory = [int(Path(f"/proc/{one}/statm").read_text().split()[1]) for one in group]
@@ -181,26 +152,6 @@ def test_a_thousand_steps_grow_nothing(train, config, tmp_path):
     # the most of several looks, as the allocator hands back blocks late; the fewest files, as one may just be open
     for values, growth in zip(zip(*looks), (1.03, 1.03, 1)):
         assert max(values[-4:]) <= growth * max(values[:4]), values
-
-
-@pytest.fixture
-def label_maps(tmp_path) -> Path:
-    (tmp_path / "labels").mkdir()
-    for i in range(3):
-        Image.fromarray(scenes.render("val", i, (32, 32))[1]).save(tmp_path / "labels" / f"map{i}.png")
-    return tmp_path / "labels"
-
-
-def test_sample_shares_label_maps_with_identical_images(train, config, tmp_path, label_maps):
-    """Three maps over four processes, so that one has none."""
-    train(config, "train.steps=1")
-    options = {**sample.DEFAULTS, "labels": label_maps, "checkpoint": None, "num": 2, "seed": 0, "grid": True, "config": None,
-               "fill_void": False}
-    sample.main(SimpleNamespace(**options, out=Path("one")))
-    together(tmp_path, 4, sample.main, SimpleNamespace(**options, out=Path("four")))
-    names = sorted(path.name for path in (tmp_path / "one").iterdir())
-    assert len(names) == 7 and names == sorted(path.name for path in (tmp_path / "four").iterdir())
-    assert all((tmp_path / "one" / name).read_bytes() == (tmp_path / "four" / name).read_bytes() for name in names)
 
 
 def torchrun(folder: Path, *arguments) -> subprocess.Popen:
@@ -221,12 +172,12 @@ def two_by_two(folder: Path, *arguments) -> None:
 
 
 @pytest.mark.slow
-def test_two_nodes(run, config, tmp_path, label_maps):
+def test_two_nodes(call, tiny_config, tmp_path, label_maps):
     """Training with its evaluation, evaluate.py and sample.py, each with three images for four processes."""
     options = ["eval.num_images=3"]
-    two_by_two(tmp_path, ROOT / "train.py", "--config", config, *options, "train.steps=3")
+    two_by_two(tmp_path, ROOT / "train.py", "--config", tiny_config, *options, "train.steps=3")
     checkpoint = tmp_path / "runs/tiny/checkpoints/latest.pt"
-    assert step_of(checkpoint) == 3 and lines_of(tmp_path / "runs/tiny/metrics.jsonl")[-1]["num_images"] == 3
+    assert step_of(checkpoint) == 3 and read_records(tmp_path / "runs/tiny/metrics.jsonl")[-1]["num_images"] == 3
     results = []
     for many in (True, False):
         for name, arguments in (("evaluate.py", ["--checkpoint", checkpoint, "--out", f"{many}.json", *options]),
@@ -234,7 +185,7 @@ def test_two_nodes(run, config, tmp_path, label_maps):
             if many:
                 two_by_two(tmp_path, ROOT / name, *arguments)
             else:
-                assert run(name, *arguments).returncode == 0
+                call(name, *arguments)
         results.append(json.loads((tmp_path / f"{many}.json").read_text()))
     for path in (tmp_path / "images_True").iterdir():
         assert path.read_bytes() == (tmp_path / "images_False" / path.name).read_bytes()
@@ -244,16 +195,16 @@ def test_two_nodes(run, config, tmp_path, label_maps):
 
 
 @pytest.mark.slow
-def test_elastic_restart(config, tmp_path):
+def test_elastic_restart(tiny_config, tmp_path):
     """A killed training process restarts the group from the last checkpoint; the run ends with the right number of steps."""
-    agent = torchrun(tmp_path, "--standalone", "--max-restarts=3", ROOT / "train.py", "--config", config, "train.steps=12",
+    agent = torchrun(tmp_path, "--standalone", "--max-restarts=3", ROOT / "train.py", "--config", tiny_config, "train.steps=12",
                      "train.save_every=1", "--resume")
     log = tmp_path / "runs/tiny/log.jsonl"
-    wait_for(lambda: log.exists() and len(lines_of(log)) >= 3 or agent.poll() is not None, 300)
+    wait_for(lambda: len(read_records(log)) >= 3 or agent.poll() is not None, 300)
     victim = children(agent.pid)[-1]
     os.kill(victim, signal.SIGKILL)
     output, _ = agent.communicate(timeout=600)
     assert agent.returncode == 0, output
     assert step_of(tmp_path / "runs/tiny/checkpoints/latest.pt") == 12
-    assert [record["step"] for record in lines_of(log)] == list(range(1, 13))
-    assert len(lines_of(tmp_path / "runs/tiny/metrics.jsonl")) == 1
+    assert [record["step"] for record in read_records(log)] == list(range(1, 13))
+    assert len(read_records(tmp_path / "runs/tiny/metrics.jsonl")) == 1

@@ -6,8 +6,6 @@ import json
 import os
 import shutil
 import signal
-import sys
-import tempfile
 import threading
 import time
 import tracemalloc
@@ -19,23 +17,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, write_checkpoint
 from PIL import Image
 from selenium import webdriver
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.wait import WebDriverWait
-from torch import nn
 
 import export
 import paint
-import sample as sample_script
 import scenes
-from checkpoint import label_state, load_generator, save_checkpoint
-from config import UserError, check_settings
-from labels import label_format
-from systems import system_for
+from checkpoint import load_generator
+from config import UserError
 
 SDM = {"name": "sdm", "base_channels": 32, "multipliers": [1, 1], "num_res_blocks": 1, "attention_strides": [2],
        "head_channels": 32, "spade_channels": 8}
@@ -44,20 +37,6 @@ COLORS = np.array([color for _, color in scenes.CLASSES] + [(0, 0, 0)], np.uint8
 LABEL = scenes.render("val", 3, (32, 32))[1]
 LATEST = "runs/tiny/checkpoints/latest.pt"
 pixels = lambda picture: np.frombuffer(picture, np.uint8).reshape(32, 32, 4)[..., :3]
-
-
-def write_checkpoint(path: Path, **changes) -> Path:
-    """A checkpoint with random weights."""
-    settings = check_settings({**TINY, **changes}, "test")
-    form = label_format(settings.data)
-    torch.manual_seed(0)
-    generator = system_for(settings, form.num_classes).build()
-    for parameter in generator.parameters():
-        if not parameter.any():  # zeros, as at the start of training, would hide what they multiply
-            nn.init.normal_(parameter, std=0.05)
-    save_checkpoint({**label_state(form), "config": settings.model_dump(mode="json"), "step": 7,
-                     "ema": generator.state_dict()}, path)
-    return path
 
 
 def serve(handler: type, port: int = 0) -> ThreadingHTTPServer:
@@ -95,33 +74,22 @@ def server(folder) -> ThreadingHTTPServer:
     return serve_page(folder / LATEST)
 
 
-@pytest.fixture
-def sample(folder, monkeypatch, tmp_path):
-    """sample("--seed", 5, ...): the pictures that sample.py makes of the label map."""
-    def call(*arguments) -> list[np.ndarray]:
-        out = Path(tempfile.mkdtemp(dir=tmp_path)) / "out"
-        command = ["sample.py", "--labels", folder / "labels", "--out", out, *arguments]
-        monkeypatch.setattr(sys, "argv", [str(part) for part in command])
-        monkeypatch.chdir(folder)
-        sample_script.main(sample_script.parse_arguments())
-        paths = sorted(out.glob("*.png"), key=lambda path: int("0" + path.stem.removeprefix("painted").removeprefix("_")))
-        return [np.asarray(Image.open(path)) for path in paths]
-    return call
-
-
-def test_pictures_are_those_of_sample_py(server, sample):
+def test_pictures_are_those_of_sample_py(server, folder, sample):
+    """What a class shows is redrawn, and nothing else changes."""
     def draw(query: str) -> np.ndarray:
         status, picture = ask(server.server_port, f"/draw?page=a&seed=5&{query}", LABEL.tobytes())
         assert status == 200, picture
         return pixels(picture)
 
-    plain, walk = sample("--seed", 5)[0], sample("--seed", 5, "--interpolate", 21)
+    given = LABEL, "--checkpoint", folder / LATEST, "--seed", 5
+    plain, walk = sample(*given)[0], sample(*given, "--interpolate", 21)
     assert np.array_equal(draw(""), plain) and np.array_equal(draw("walk=13"), walk[13])
     c, d = np.unique(LABEL)[:2].tolist()
-    first, second = (sample("--seed", 5, "--num", 3, "--resample", number) for number in (c, d))
-    assert np.array_equal(draw(f"redraws={c}.2"), first[2]) and (first[2] != plain)[LABEL == c].any()
+    first, second = (sample(*given, "--num", 3, "--resample", name) for name in (scenes.CLASSES[c][0], d))
+    assert np.array_equal(draw(f"redraws={c}.2"), first[2])
+    assert (first[2] != plain)[LABEL == c].any() and np.array_equal(first[2][LABEL != c], plain[LABEL != c])
     assert np.array_equal(draw(f"redraws={c}.2,{d}.1"), np.where((LABEL == d)[..., None], second[1], first[2]))
-    both = sample("--seed", 5, "--num", 2, "--resample", c, "--interpolate", 21)  # the class redrawn, on the walk
+    both = sample(*given, "--num", 2, "--resample", c, "--interpolate", 21)  # the class redrawn, on the walk
     assert len(both) == 2 * 21 and np.array_equal(draw(f"walk=13&redraws={c}.1"), both[21 + 13])
     assert np.array_equal(both[21 + 13][LABEL != c], walk[13][LABEL != c])
 
@@ -135,24 +103,25 @@ def test_options_are_those_of_sample_py(generator, options, wrong, tmp_path, sam
     studio = paint.Studio(*load_generator(path), None)
     picture = studio.draw("a", LABEL.tobytes(), {"seed": "2"} | options, coarse.append)
     given = [part for option, value in options.items() for part in (f"--{option}", value)]
-    assert np.array_equal(pixels(picture), sample("--seed", 2, "--checkpoint", path, *given)[0])
+    assert np.array_equal(pixels(picture), sample(LABEL, "--seed", 2, "--checkpoint", path, *given)[0])
     assert len(coarse) == int(options.get("steps", 0))
     assert set(studio.describe()["choices"]) == ({"steps", "guidance"} if generator is SDM else {"truncation", *options})
     with pytest.raises(UserError):
         studio.draw("a", LABEL.tobytes(), wrong, coarse.append)
 
 
-def test_label_files_are_read_by_the_rules_of_sample_py(server, sample, tmp_path):
+def test_label_files_are_read_by_the_rules_of_sample_py(server, folder, sample, tmp_path):
     def read(image: Image.Image) -> tuple[int, bytes]:
         image.save(tmp_path / "a.png")
         return ask(server.server_port, f"/label?name={tmp_path}/a.png", (tmp_path / "a.png").read_bytes())
 
     large = Image.fromarray(COLORS[LABEL]).resize((96, 160), Image.Resampling.NEAREST)
     assert read(large) == (200, LABEL.tobytes()) and read(Image.new("L", (5000, 5000)))[0] == 400
-    status, text = read(Image.new("L", (8, 8), 77))
-    with pytest.raises(UserError) as error:
-        sample("--labels", tmp_path)
-    assert (status, text) == (400, str(error.value).encode())
+    wrong = np.full((8, 8), 77, np.uint8)
+    status, text = read(Image.fromarray(wrong))
+    with pytest.raises(SystemExit) as error:
+        sample(wrong, "--checkpoint", folder / LATEST)
+    assert status == 400 and text.decode().partition("a.png")[2] == str(error.value).partition("painted.png")[2] != ""
 
 
 def test_examples_are_those_of_the_data_set_or_the_folder(folder, server):
@@ -212,11 +181,7 @@ def test_many_quick_requests_leave_threads_and_memory_as_they_were(server):
     assert 200 in answers and set(answers) <= {200, 400} and grown < 100 * 32 * 32 * 4
 
 
-def test_the_script_opens_the_page_until_ctrl_c(folder, monkeypatch, tmp_path):
-    def start(*arguments: str) -> None:
-        monkeypatch.setattr(sys, "argv", ["paint.py", *arguments])
-        paint.main(paint.parse_arguments())
-
+def test_the_script_opens_the_page_until_ctrl_c(folder, call, monkeypatch, tmp_path):
     def visit(address: str) -> None:
         seen.append(ask(int(address.removeprefix("http://127.0.0.1:")), "/"))
         _thread.interrupt_main()
@@ -224,15 +189,15 @@ def test_the_script_opens_the_page_until_ctrl_c(folder, monkeypatch, tmp_path):
     seen, before = [], signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it is ignored
     monkeypatch.setattr("webbrowser.open", lambda address: threading.Thread(target=visit, args=[address]).start())
     monkeypatch.chdir(folder)
-    start("--port", "0")
+    call("paint.py", "--port", "0")
     signal.signal(signal.SIGINT, before)
     assert seen == [(200, (ROOT / "paint.html").read_bytes())]
     for wrong in ("--port 99999", "--labels no_such"):
-        with pytest.raises(UserError, match=wrong.split()[1]):
-            start(*wrong.split())
+        with pytest.raises(SystemExit, match=wrong.split()[1]):
+            call("paint.py", *wrong.split())
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="train.py --config config.yaml"):
-        start()
+    with pytest.raises(SystemExit, match="train.py --config config.yaml"):
+        call("paint.py")
 
 
 # The page in a browser, with a server and without.
@@ -385,7 +350,7 @@ def test_noise_of_a_class_of_the_walk_and_of_variations(page):
 
 
 @pytest.mark.browser
-def test_what_is_saved_comes_back(page, sample, tmp_path):
+def test_what_is_saved_comes_back(page, folder, sample, tmp_path):
     page.click("[title=tree]")
     page.drag((5, 5), (20, 25))
     page.click("#another", "#redraw")
@@ -396,7 +361,8 @@ def test_what_is_saved_comes_back(page, sample, tmp_path):
     assert np.array_equal(both, np.concatenate([COLORS[labels], picture], axis=1))
     saved = shutil.copy(page.driver.downloads / "painted.png", tmp_path)
     if page.js("model.server"):
-        assert np.array_equal(sample("--labels", tmp_path, "--seed", 1, "--resample", "tree")[0], picture)
+        options = "--checkpoint", folder / LATEST, "--seed", 1, "--resample", "tree"
+        assert np.array_equal(sample(COLORS[labels], *options)[0], picture)
     page.until("location.hash.includes('seed%22%3A1')")  # the link follows a moment later
     again = Page(page.driver, page.js("location.href"))
     assert np.array_equal(again.map(), labels) and np.array_equal(again.picture(), picture)

@@ -1,4 +1,3 @@
-import json
 import sys
 import types
 
@@ -11,11 +10,8 @@ from conftest import together
 
 from config import UserError
 from distributed import hold
+from plots import read_records
 from train import batches
-
-
-def read_log(folder, name="log.jsonl"):
-    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
 
 
 def losses_of(records):
@@ -50,11 +46,11 @@ def test_run_folder_and_exact_resume(train, tiny_config, tmp_path):
     with hold(parts / "lock"), pytest.raises(UserError, match="runs/parts: another process trains it; wait"):
         train(tiny_config, "name=parts", resume=True)
     train(tiny_config, "name=parts", "data.workers=1", "eval.metric=miou", "eval.features=stlpips_alex", resume=True)
-    logs = [read_log(run) for run in (whole, parts)]
+    logs = [read_records(run / "log.jsonl") for run in (whole, parts)]
     assert [r["step"] for r in logs[1]] == [1, 2, 3, 4]
     assert losses_of(logs[0]) == losses_of(logs[1])
     assert {"images_per_second", "lr_generator", "lr_discriminator", "peak_memory_gib"} <= set(logs[0][0])
-    judged = read_log(parts, "metrics.jsonl")  # a resumed run may name another judge
+    judged = read_records(parts / "metrics.jsonl")  # a resumed run may name another judge
     assert "fd_stlpips_alex" in judged[1] and "fd_stlpips_alex" not in judged[0]
     assert sorted(p.name for p in (whole / "checkpoints").iterdir()) == ["0000002.pt", "0000004.pt", "best.pt", "latest.pt"]
     assert (whole / "samples" / "0000004.png").stat().st_size > 0
@@ -83,7 +79,7 @@ def test_shared_batch_gives_the_gradient_of_the_whole(train, tiny_config, tmp_pa
         for i, state in one[optimizer]["state"].items():
             reference, other = state["exp_avg"], two[optimizer]["state"][i]["exp_avg"]
             assert torch.allclose(reference, other, rtol=0, atol=tolerance * reference.abs().max())
-    logs = [losses_of(read_log(folder))[0] for folder in folders]
+    logs = [losses_of(read_records(folder / "log.jsonl"))[0] for folder in folders]
     assert all(np.isclose(logs[0][k], logs[1][k], rtol=1e-4, atol=1e-6) for k in logs[0])
 
 
