@@ -110,41 +110,43 @@ section_6() {
       once 6/texture_${texture}_$(basename $config).txt python bench.py --config $config.yaml --steps 8 generator.texture=$texture
     done
   done
+  local configs=()
+  for name in tf_efficientnet_lite0 convnext_{tiny,large} swin_tiny_patch4_window7_224 vit_small_patch16_dinov3 \
+    vit_small_patch14_dinov2 eva02_small_patch14_224 vit_base_patch16_{clip_224,siglip_256,224}; do
+    sed "s/^  name: tf_efficientnet_lite0/  name: $name\n  pretrained: false/" configs/camvid128.yaml >results/6/$name.yaml
+    configs+=(--config results/6/$name.yaml)
+  done
+  once 6/backbones.txt python bench.py "${configs[@]}" --steps 2 train.batch_size=2
 }
 
 section_7() { once 7/tests.txt python -m pytest -m slow -s; }
 
-section_8() {
-  for seed in 0 1; do
-    python train.py --config configs/camvid128.yaml name=camvid128_$seed seed=$seed --resume
-  done
-  python compare.py runs/camvid128_0 runs/camvid128_1 --step 1200 --out results/8
-  for seed in 0 1; do  # as many maps as section 3 has
-    once 8/maps_$seed.txt python evaluate.py --checkpoint runs/camvid128_$seed/checkpoints/0001200.pt eval.diversity_maps=16 \
-      --out results/8/maps_$seed.json
-  done
+section_8() {  # goes on from the runs of section 3
+  section_3
   for psi in 0.7 1.3 1.7 2.2; do
-    once 8/truncation_$psi.txt python evaluate.py --checkpoint runs/camvid128_0/checkpoints/0002000.pt eval.truncation=$psi \
+    once 8/truncation_$psi.txt python evaluate.py --checkpoint runs/systems_dp_sims_0/checkpoints/0002000.pt eval.truncation=$psi \
       --out results/8/truncation_$psi.json
   done
-  once 8/truncation_1_1.7.txt python evaluate.py --checkpoint runs/camvid128_1/checkpoints/0002000.pt eval.truncation=1.7 \
+  once 8/truncation_1_1.7.txt python evaluate.py --checkpoint runs/systems_dp_sims_1/checkpoints/0002000.pt eval.truncation=1.7 \
     --out results/8/truncation_1_1.7.json
   for name in control rough; do
     if [ ! -e runs/camvid128_$name ]; then
-      rm -rf runs/camvid128_copy && cp -r runs/camvid128_0 runs/camvid128_copy && mv runs/camvid128_copy runs/camvid128_$name
+      rm -rf runs/camvid128_copy && cp -r runs/systems_dp_sims_0 runs/camvid128_copy && mv runs/camvid128_copy runs/camvid128_$name
     fi
   done
-  python train.py --config configs/camvid128.yaml name=camvid128_control train.steps=2400 --resume
+  python train.py --config configs/camvid128.yaml name=camvid128_control train.steps=2400 --resume &
   python train.py --config configs/camvid128.yaml name=camvid128_rough loss.rough=0.5 train.steps=2400 --resume
+  wait $!
   for kind in downsample edges random; do
-    for checkpoint in camvid128_0/checkpoints/0002000 camvid128_{control,rough}/checkpoints/0002400; do
+    for checkpoint in systems_dp_sims_0/checkpoints/0002000 camvid128_{control,rough}/checkpoints/0002400; do
       once 8/$kind/${checkpoint%%/*}.txt python evaluate.py --checkpoint runs/$checkpoint.pt eval.rough=$kind \
         --out results/8/$kind/${checkpoint%%/*}.json
     done
   done
-  python train.py --config configs/camvid.yaml name=camvid_long train.batch_size=4 train.steps=6000 --resume
+  python train.py --config configs/camvid.yaml name=camvid_long train.batch_size=4 train.steps=6000 --resume &
   python train.py --config configs/camvid.yaml name=camvid_contrast train.batch_size=4 train.steps=4000 loss.contrastive=3 \
     loss.contrastive_scales=3 --resume
+  wait $!
   python compare.py runs/camvid_long runs/camvid_contrast --out results/8/small
 }
 

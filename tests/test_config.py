@@ -15,7 +15,6 @@ from config import Settings, UserError, check_settings, load_settings, run_scrip
     (["data.size=[64]"], ["data.size", "64"]),
     (["data.size=[30, 32]"], ["data.size", "multiples of 4"]),
     (["data.name=folder"], ["data."]),
-    (["generator.name=biggan"], ["biggan", "dp_sims"]),
     (["generator.channel=3"], ["generator.channel", "generator.channels"]),
     (["discriminator={name: oasis, channels: 2}"], ["both must be multiples of 64 for this discriminator"]),
     (["backbone.name=resnet5000"], ["resnet5000"]),
@@ -38,12 +37,6 @@ def test_bad_configuration_is_one_line_before_training(train, tiny_config, tmp_p
 def test_values_that_cannot_work_are_refused(section, key, value):
     with pytest.raises(UserError, match=rf"^mine.yaml: {section}\.{key} is .*; "):
         check_settings({section: {key: value}}, "mine.yaml")
-
-
-@pytest.mark.parametrize("given, named", [({5: 1}, "5"), ({"data": {None: 1}}, "data.None")])
-def test_a_key_that_is_no_text_is_unknown(given, named):
-    with pytest.raises(UserError, match=f"^mine.yaml: unknown key {named}; did you mean "):
-        check_settings(given, "mine.yaml")
 
 
 def test_a_file_says_the_same_in_either_way(tmp_path):

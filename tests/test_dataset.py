@@ -10,7 +10,7 @@ import torch
 from PIL import ExifTags, Image, ImageOps
 
 from config import DataSettings, UserError, check_settings, one_line
-from dataset import build_dataset, evenly_spaced, quick_check, read_image
+from dataset import build_dataset, quick_check, read_image
 
 RGB = np.random.default_rng(0).integers(0, 256, (6, 8, 3)).astype(np.uint8)
 FOLDERS = {
@@ -170,10 +170,6 @@ def test_augmentation_follows_seed_and_draw_alone(tmp_path, name):
     assert torch.equal(plain[0, 5][0], plain[0][0])
     with pytest.raises(IndexError):
         plain[len(plain)]
-
-
-def test_evenly_spaced():
-    assert (evenly_spaced(10, 4), evenly_spaced(3, 0), evenly_spaced(3, 9)) == ([0, 2, 5, 7], [0, 1, 2], [0, 1, 2])
 
 
 @pytest.mark.parametrize("spoil, message", [

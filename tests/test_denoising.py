@@ -1,10 +1,8 @@
 """SDM's training step, and SDM in the scripts."""
 
-import argparse
 import copy
 import itertools
 import json
-import sys
 
 import numpy as np
 import pytest
@@ -14,18 +12,15 @@ from conftest import TINY, trainer_of
 from PIL import Image
 
 import denoising
-import evaluate
-import sample
 import scenes
 import sdm
-from config import UserError
 
 RUN = {**TINY, "data": {**TINY["data"], "size": [16, 16], "calibration_images": 1}, "discriminator": {}, "loss": {},
        "generator": {"name": "sdm", "base_channels": 32, "multipliers": [1, 2], "num_res_blocks": 1,
                      "attention_strides": [2], "head_channels": 32, "spade_channels": 8},
        "diffusion": {"steps": 3, "sheet_steps": 2},
-       "eval": TINY["eval"] | {"num_images": 4, "features": "stlpips_alex", "metric": "fd_stlpips_alex", "features_size": 32,
-                               "diversity_size": 32, "segmenter_steps": 1, "kid_subsets": 2}}
+       "eval": TINY["eval"] | {"features": "stlpips_alex", "metric": "fd_stlpips_alex", "features_size": 32,
+                               "diversity_samples": 2, "diversity_size": 32}}
 CITYSCAPES = {**RUN["generator"], "void_channel": "first", "instance_edges": True}
 
 
@@ -76,15 +71,7 @@ def test_withheld_label_maps_and_time_steps_are_drawn_for_every_place():
     assert not torch.equal(trainer()._draw(8, [3], (1, 1))[2], noise[3:4])
 
 
-def sample_images(folder, out: str, **options):
-    """sample.py on folder/labels within this process."""
-    given = {**sample.DEFAULTS, "labels": folder / "labels", "out": folder / out, "checkpoint": None, "num": 1,
-             "seed": 0, "grid": False, "fill_void": False, "config": None, **options}
-    sample.main(argparse.Namespace(**given))
-    return {path.name: np.asarray(Image.open(path)).astype(int) for path in sorted((folder / out).iterdir())}
-
-
-def test_trains_with_instance_maps_samples_and_is_evaluated(train, tmp_path, monkeypatch):
+def test_trains_with_instance_maps_samples_and_is_evaluated(train, call, sample, tmp_path, monkeypatch):
     data = tmp_path / "cityscapes"
     for split, i in itertools.product(("train", "val"), range(4)):
         image, label = scenes.render(split, i, (16, 16))
@@ -100,41 +87,37 @@ def test_trains_with_instance_maps_samples_and_is_evaluated(train, tmp_path, mon
     assert {len(ids) for ids in seen} == {4, 2} and min(ids.min() for ids in seen) >= 26000  # two of four show diversity
     assert Image.open("runs/tiny/samples/0000001.png").size == (4 * 17 + 1, 4 * 17 + 1)  # map, real, two samples
 
-    (tmp_path / "labels").mkdir()
-    Image.fromarray(label).save(tmp_path / "labels/map.png")
-    images = sample_images(tmp_path, "out", steps=5, num=2)
-    assert list(images) == ["map_0.png", "map_1.png"] and not np.array_equal(*images.values())
-    with pytest.raises(UserError, match="--steps, --guidance: diffusion.steps is 1; .* 2$"):
-        sample_images(tmp_path, "none", steps=1)
+    images = sample(label, "--steps", 5, "--num", 2)
+    assert len(images) == 2 and not np.array_equal(*images)
+    with pytest.raises(SystemExit, match="--steps, --guidance: diffusion.steps is 1; .* 2$"):
+        sample(label, "--steps", 1)
 
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--checkpoint", "runs/tiny/checkpoints/latest.pt", "diffusion.steps=5"])
-    evaluate.main()
+    call("evaluate.py", "--checkpoint", "runs/tiny/checkpoints/latest.pt", "diffusion.steps=5")
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["num_images"] == 4 and metrics["protocol"]["source"]["diffusion"]["steps"] == 5
 
 
-def test_official_cityscapes_checkpoint_through_sample(tmp_path, monkeypatch):
+def test_official_cityscapes_checkpoint_through_sample(sample, tmp_path, monkeypatch):
     """The network is given labelId 5 in channel 5, and the edges of the label map or of the instance map in the last."""
     file, config = tmp_path / "official.yaml", {"data": {"name": "cityscapes", "size": [16, 16]}, "generator": {**CITYSCAPES}}
     file.write_text(yaml.safe_dump(config))
     unet = sdm.SDMUNet(34, **{key: value for key, value in CITYSCAPES.items() if key != "name"})
     torch.save({sdm.official_name(key): value for key, value in unet.state_dict().items()}, tmp_path / "ema.pt")
     label = np.repeat(np.repeat(np.array([[0, 5]], np.uint8), 8, 1), 16, 0)
-    for folder, array in (("labels", label), ("instances", np.roll(label, 4, 1).astype(np.uint16) + 26000)):
-        (tmp_path / folder).mkdir()
-        Image.fromarray(array).save(tmp_path / folder / "a.png")
+    (tmp_path / "instances").mkdir()
+    Image.fromarray(np.roll(label, 4, 1).astype(np.uint16) + 26000).save(tmp_path / "instances/painted.png")
     seen, plain = [], sdm.SDMUNet.semantics
     monkeypatch.setattr(sdm.SDMUNet, "semantics", lambda *given: seen.append(plain(*given)) or seen[-1])
-    options = {"checkpoint": tmp_path / "ema.pt", "config": file, "steps": 3}
-    sample_images(tmp_path, "out", **options)
-    sample_images(tmp_path, "with", instances=tmp_path / "instances", **options)
+    given = label, "--checkpoint", tmp_path / "ema.pt", "--config", file, "--steps", 3
+    sample(*given)
+    sample(*given, "--instances", tmp_path / "instances")
     for semantics, edges in zip(seen, ([7, 8], [3, 4, 11, 12])):
         assert semantics.shape == (1, 36, 16, 16) and np.array_equal(semantics[0, 5], label == 5)
         assert np.array_equal(semantics[0, 0], label == 0) and semantics[0, -1, 0].nonzero().flatten().tolist() == edges
     config["generator"]["num_res_blocks"] = 2
     file.write_text(yaml.safe_dump(config))
-    with pytest.raises(UserError, match="ema.pt: its networks are not those of .*official.yaml.*Missing key"):
-        sample_images(tmp_path, "other", **options)
+    with pytest.raises(SystemExit, match="ema.pt: its networks are not those of .*official.yaml.*Missing key"):
+        sample(*given)
 
 
 @pytest.mark.parametrize("override, message", [

@@ -1,7 +1,6 @@
 """Schedule and loss against formulas in NumPy, samplers against data whose chains are known exactly."""
 
 import itertools
-import math
 
 import numpy as np
 import pytest
@@ -10,7 +9,6 @@ from scipy.stats import norm
 from test_sdm import label_maps, tiny_unet
 
 import diffusion
-from sdm import SDMUNet
 
 ALPHA_BAR = np.array(list(itertools.accumulate((1 - (1e-4 + (0.02 - 1e-4) * i / 999) for i in range(1000)),
                                                lambda a, b: a * b)))
@@ -43,8 +41,8 @@ def test_training_loss_against_numpy():
     noise, difference, v = torch.randn(3, 5, 3, 4, 4)
     eps = noise + 0.3 * difference
     output, seen = torch.cat([eps, v], 1).requires_grad_(), []
-    network = lambda *given: seen.extend(given) or output
-    terms = diffusion.training_loss(network, image, torch.zeros(5, 4, 4, dtype=torch.int64), t, noise)
+    network, dropped = lambda *given: seen.extend(given) or output, torch.zeros(5, dtype=torch.bool)
+    terms = diffusion.training_loss(network, image, torch.zeros(5, 4, 4, dtype=torch.int64), t, noise, dropped)
     (simple_gradient,), (vb_gradient,) = (torch.autograd.grad(term.sum(), output, retain_graph=True) for term in terms.values())
     assert simple_gradient[:, :3].all() and not simple_gradient[:, 3:].any()
     assert vb_gradient[:, 3:].any() and not vb_gradient[:, :3].any()  # this term trains the variance alone
@@ -54,7 +52,7 @@ def test_training_loss_against_numpy():
     following = np.append(1, ALPHA_BAR)[t].reshape(5, 1, 1, 1)
     noisy = np.sqrt(now) * x + np.sqrt(1 - now) * e
     np.testing.assert_allclose(seen[0].numpy(), noisy, atol=1e-5)
-    assert torch.equal(seen[1], t)
+    assert torch.equal(seen[1], t) and seen[4] is dropped
     np.testing.assert_allclose(terms["simple"].detach(), ((eps - e) ** 2).mean((1, 2, 3)), rtol=1e-4)
 
     beta = 1 - now / following
@@ -107,26 +105,13 @@ def test_ancestral_chain_draws_the_data_distribution(steps: int):
     assert image.std().item() == pytest.approx(GaussianData.STD, rel=0.03)
 
 
-def test_ddim_follows_the_probability_flow():
-    noise = next(diffusion.seeded_noise([1], (32, 32)))
-    signal, sigma = ALPHA_BAR[999] ** 0.5, (1 - ALPHA_BAR[999]) ** 0.5
-    spread = math.sqrt((signal * GaussianData.STD) ** 2 + sigma**2)
-    exact = GaussianData.MEAN + GaussianData.STD * (noise - signal * GaussianData.MEAN) / spread
-    errors = []
-    for steps in (25, 50, 100):
-        image = diffusion.sample(GaussianData(steps), torch.zeros(1, 32, 32, dtype=torch.int64), iter([noise]),
-                                 steps, guidance=1, sampler="ddim")
-        errors.append((image - exact).abs().mean().item() / GaussianData.STD)
-    assert errors[0] < 0.35 and errors[1] < 0.6 * errors[0] and errors[2] < 0.6 * errors[1], errors  # first order
-
-
 def test_steps_are_those_of_generalized_ddim():
     """Song et al., 2021, equation (12): sigma^2 is 0 in DDIM, and in ancestral sampling the posterior's variance."""
     s = diffusion.schedule(20)
     noisy, eps, fresh = torch.randn(3, 1, 3, 4, 4)
     output = torch.cat([eps, -torch.ones_like(eps)], 1)  # v = -1: the lower bound
-    for index in (1, 10, 19):
-        now, following = ALPHA_BAR[s.t[index]], ALPHA_BAR[s.t[index - 1]]
+    for index in (0, 1, 10, 19):
+        now, following = ALPHA_BAR[s.t[index]], ALPHA_BAR[s.t[index - 1]] if index else 1
         image = ((noisy - (1 - now) ** 0.5 * eps) / now**0.5).clamp(-1, 1)
         clipped = (noisy - now**0.5 * image) / (1 - now) ** 0.5
         posterior = (1 - following) / (1 - now) * (1 - now / following)
@@ -155,27 +140,3 @@ def test_sample_is_a_chain_of_plain_passes(sampler: str):
     both = diffusion.sample(unet, label_map.flip(0), diffusion.seeded_noise([5, 11], (8, 8)), 6, 2.0, sampler)
     torch.testing.assert_close(both[1:], x, atol=1e-4, rtol=0)
     assert (both[:1] - x).abs().max() > 0.1 and x.abs().max() <= 1
-
-
-def test_learns_two_label_maps_and_samples_their_images():
-    """Each class in one color, a fifth of the maps dropped: samples look like their own map's image."""
-    label_map = torch.zeros(2, 8, 8, dtype=torch.int64)
-    label_map[0, :, 4:] = label_map[1, :4] = 1
-    label_map[:, 6:, :2] = 2
-    image = torch.tensor([[0.6, -0.4, 0.0], [-0.5, 0.5, -0.8], [0.9, 0.9, 0.2]])[label_map].permute(0, 3, 1, 2)
-    unet = SDMUNet(num_classes=3, base_channels=32, multipliers=(1,), num_res_blocks=1, attention_strides=(),
-                   head_channels=32, spade_channels=16)
-    optimizer = torch.optim.Adam(unet.parameters(), lr=5e-3)
-    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 60)
-    for _ in range(60):
-        t, noise, dropped = torch.randint(0, 1000, (16,)), torch.randn(16, 3, 8, 8), torch.rand(16) < 0.2
-        terms = diffusion.training_loss(unet, image.repeat(8, 1, 1, 1), label_map.repeat(8, 1, 1), t, noise, dropped)
-        optimizer.zero_grad()
-        (terms["simple"] + terms["vb"]).mean().backward()
-        optimizer.step()
-        decay.step()
-    pattern = lambda images: (images - images.mean((2, 3), keepdim=True)).flatten()  # without their mean color
-    for sampler, steps, guidance in (("ancestral", 50, 1.0), ("ddim", 10, 1.5)):
-        drawn = diffusion.sample(unet, label_map, diffusion.seeded_noise([1, 2], (8, 8)), steps, guidance, sampler)
-        own, other = torch.corrcoef(torch.stack([pattern(x) for x in (drawn, image, image.flip(0))]))[0, 1:]
-        assert own > 0.6 and own - other > 0.4, (sampler, own, other)

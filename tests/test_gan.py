@@ -37,9 +37,11 @@ def test_one_step(monkeypatch):
     gan, (image, label_map) = trainer_of({**TINY, "loss": {**TINY["loss"], "rough": 1.0}}), batch(4)
     gan.calibrate([image.float() / 127.5 - 1])
     inputs, targets, focal_loss = {"generator": [], "backbone": [], "discriminator": []}, [], losses.focal_loss
+    contrasted = []
     for name, calls in inputs.items():
         getattr(gan, name).register_forward_hook(lambda _, given, __, calls=calls: calls.append(given[0]))
     monkeypatch.setattr(losses, "focal_loss", lambda *given: targets.append(given[1]) or focal_loss(*given))
+    gan.contrast.register_forward_hook(lambda _, given, __: contrasted.extend(given))
     frozen = {k: v.clone() for k, v in gan.backbone.state_dict().items()}
     before = [p.clone() for p in gan.generator.parameters()]
     gan.step(image, label_map, 0, [0, 1, 2, 3])
@@ -51,6 +53,23 @@ def test_one_step(monkeypatch):
     maps = label_map.long()
     assert torch.equal(targets[0], maps[[0, 2, 0, 2]]) and torch.equal(targets[1], maps)  # two samples of every other map
     assert all(not torch.equal(*pair) for pair in zip(inputs["generator"][0], maps[::2]))
+    real = gan.backbone(image.float() / 127.5 - 1)[gan.contrast_scales[0]]
+    assert torch.equal(contrasted[1][0], real[[0, 2, 0, 2]])
+
+
+@pytest.mark.parametrize("name", ["contrastive", "diversity", "locality", "perceptual"])
+def test_each_loss_falls_along_its_gradient(name):
+    """With a weight beside which the other losses count little, and rates of 0."""
+    weights = {"perceptual": 0.1, "diversity": 0.1, "diversity_margin": [9, 9, 9], "diversity_regional": 1.0, name: 1e4}
+    gan = trainer_of({**TINY, "backbone": SMALL, "train": {"batch_size": 4, "lr_generator": 0, "lr_discriminator": 0},
+                      "loss": {**TINY["loss"], **weights}})
+    image, label_map = batch(4)
+    gan.calibrate([image.float() / 127.5 - 1])
+    value = lambda: gan.step(image, label_map, 0, [0, 1, 2, 3])[f"g_{name}"].item()
+    before, gradients = value(), [p.grad.clone() for p in gan.generator.parameters()]
+    size = torch.stack(torch._foreach_norm(gradients)).norm().item()
+    torch._foreach_add_([p.data for p in gan.generator.parameters()], gradients, alpha=-0.01 / size)
+    assert value() < before
 
 
 @pytest.mark.parametrize("changed", [

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 from PIL import Image
-from test_dataset import COLORS, ids, put, settings, tree
+from test_dataset import COLORS, ids, settings, tree
 
 from config import UserError
 from dataset import build_dataset
-from labels import UNKNOWN, label_format, read_class_table, read_label_file
+from labels import UNKNOWN, label_format, read_class_table
 
 
 @pytest.mark.parametrize("name, bad", [("ade20k", 151), ("coco_stuff", 182), ("cityscapes", 34), ("celebamask_hq", 19)])
@@ -74,15 +74,6 @@ def test_masks(tmp_path, make, palette):
     white = palette.index([255, 255, 255])
     assert np.array_equal(dataset[0][1], np.where(ids(1, 0) == 1, white, 1 - white))
     assert np.array_equal(dataset.form.encode(dataset[0][1].numpy()), ids(1, 0) * 255)
-
-
-def test_read_label_file(tmp_path):
-    palette = np.array(COLORS + [[0, 0, 0]], np.uint8)
-    gray, color = put(tmp_path / "gray.png", ids(3, 0, 1, 2)), put(tmp_path / "color.png", palette[ids(3, 0, 1, 2)])
-    for path in (gray, color):
-        assert np.array_equal(read_label_file(path, 3, palette, [0, 1, 2, 3] + [255] * 252), ids(3, 0, 1, 2))
-    table = label_format(settings("", "ade20k"))
-    assert np.array_equal(read_label_file(gray, 150, table.palette, table.ids), ids(2, 150, 0, 1))
 
 
 @pytest.mark.parametrize("dog", [20, 300, 65535])  # the last two need 16 bits
