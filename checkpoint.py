@@ -118,23 +118,11 @@ def load_generator(path: str | Path, device: str | torch.device = "cpu",
     generator = system.build()
     try:
         if config_path:
-            system.load_official(generator, read_official(path))
+            system.load_official(generator, torch.load(path, map_location="cpu", weights_only=True))
         else:
             generator.load_state_dict(state["ema"])
-    except (RuntimeError, TypeError, AttributeError) as error:
-        remedy = "name the configuration of its data set and size" if config_path else "use the version that wrote it"
-        raise UserError(f"{path}: its networks are not those of {config_path or 'its configuration'} "
-                        f"({' '.join(str(error).split())[:200]}); {remedy}") from error
-    return system, generator.to(device, memory_format=torch.channels_last).eval().requires_grad_(False), state
-
-
-def read_official(path: str | Path) -> dict:
-    """The tensors of an official checkpoint, by name, read without unpickling objects. Raises UserError."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        if not state or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
-            raise ValueError("it holds no tensors by name")
     except Exception as error:  # as in load_checkpoint
-        raise UserError(f"{path}: not a state dict ({error!r:.120}); --config goes with official checkpoints, those of "
-                        f"train.py carry theirs") from error
-    return state
+        remedy = "name the configuration of its data set and size" if config_path else "use the version that wrote it"
+        raise UserError(f"{path}: does not fit {config_path or 'its configuration'} ({' '.join(str(error).split())[:200]}); "
+                        f"{remedy}") from error
+    return system, generator.to(device, memory_format=torch.channels_last).eval().requires_grad_(False), state

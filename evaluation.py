@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
+from torch_fidelity.metric_kid import kid_features_to_metric
 from tqdm import tqdm
 
 import metrics as formulas
@@ -28,7 +29,8 @@ from judges import FeatureNetwork, PerceptualNetwork
 from losses import diversity_distances
 
 CACHE_VERSION = 3  # raise it when what is kept of the real images changes
-PACKAGES = ("torch", "torchvision", "numpy", "pillow", "timm", "lpips", "stlpips-pytorch", "pytorch-fid")
+PACKAGES = ("torch", "torchvision", "numpy", "pillow", "timm", "lpips", "stlpips-pytorch", "pytorch-fid",
+            "torch-fidelity")
 VIEWS = ("diversity_brightness", "diversity_color", "diversity_detail")
 
 
@@ -193,11 +195,12 @@ def figures(fake: dict, real: dict, distances: list[float], class_names: list[st
     """The metrics, under the names that EVALUATION.md explains, of what `judge` and `view_distances` gave for all images and
     the distances between samples."""
     distance, kernel, *_, diversity = metric_names(settings)
-    gaussian, gaussian_real = (formulas.mean_and_covariance(judged["features"]) for judged in (fake, real))
-    features, features_real = (torch.cat(judged["features"]).numpy() for judged in (fake, real))
-    metrics = {"num_images": len(features), distance: formulas.frechet_distance(*gaussian, *gaussian_real)}
-    metrics[kernel], metrics[f"{kernel}_std"] = formulas.kernel_distance(
-        features, features_real, settings.kid_subsets, settings.kid_subset_size)
+    features, features_real = (torch.cat(judged["features"]).double() for judged in (fake, real))
+    metrics = {"num_images": len(features), distance: formulas.frechet_distance(features, features_real)}
+    kid = kid_features_to_metric(features, features_real, kid_subsets=settings.kid_subsets, verbose=False,
+                                 kid_subset_size=min(settings.kid_subset_size, len(features)))
+    metrics[kernel] = kid["kernel_inception_distance_mean"]
+    metrics[f"{kernel}_std"] = kid["kernel_inception_distance_std"]
     scores, scores_real = (formulas.segmentation_scores(judged["confusion"], class_names) for judged in (fake, real))
     metrics |= scores | {f"{key}_real": value for key, value in scores_real.items()}
     if distances:

@@ -33,13 +33,12 @@ def refresh_batch_norm(generator: nn.Module, batches: Iterable[tuple[Tensor, Ten
     """Measure the batch-norm statistics, if any, of an averaged generator (moving average of weights) before it is used.
 
     They become the plain mean over all batches (about 50 are enough) of label maps (B, H, W) and noise (B, z_dim);
-    the published OASIS keeps a running mean of momentum 0.1 over 51. It is in eval mode then, otherwise unchanged.
+    the published OASIS keeps a running mean of momentum 0.1 over 51. It is in eval mode then.
     Processes that share the model must pass the same batches.
     """
     norms = [module for module in generator.modules() if isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm))]
     if not norms:
         return
-    momenta = [norm.momentum for norm in norms]
     generator.eval()
     for norm in norms:
         norm.reset_running_stats()
@@ -47,8 +46,6 @@ def refresh_batch_norm(generator: nn.Module, batches: Iterable[tuple[Tensor, Ten
         norm.train()
     for batch in batches:
         generator(*batch)
-    for norm, momentum in zip(norms, momenta):
-        norm.momentum = momentum
     generator.eval()
 
 

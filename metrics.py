@@ -1,64 +1,22 @@
-"""The formulas of the metrics: Frechet distance, KID, mIoU, mean color per class. EVALUATION.md is the protocol."""
+"""The formulas of the metrics: Frechet distance, mIoU, mean color per class. EVALUATION.md is the protocol."""
 
 import numpy as np
 import torch
 
 
-def mean_and_covariance(batches: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """(D,) mean and (D, D) unbiased covariance of feature vectors, summed in float64 batch by batch (B, D).
-
-    Raises ValueError below two images.
-    """
-    total, outer, count = 0.0, 0.0, sum(map(len, batches))
-    if count < 2:
-        raise ValueError(f"{count} images: the Frechet distance needs at least 2")
-    for batch in batches:
-        x = batch.double()
-        total, outer = total + x.sum(0), outer + x.T @ x
-    mean = total / count
-    return mean, (outer - count * torch.outer(mean, mean)) / (count - 1)
-
-
-def frechet_distance(mean1: torch.Tensor, cov1: torch.Tensor, mean2: torch.Tensor, cov2: torch.Tensor) -> float:
-    """|mean1 - mean2|^2 + Tr(cov1 + cov2 - 2 (cov1 cov2)^(1/2)), FID where features are Inception's [Heusel 2017].
+def frechet_distance(x: torch.Tensor, y: torch.Tensor) -> float:
+    """|mean1 - mean2|^2 + Tr(cov1 + cov2 - 2 (cov1 cov2)^(1/2)) of features x (N, D) and y (M, D), float64; FID where they
+    are Inception's [Heusel 2017].
 
     The trace of the root is the sum of the roots of the eigenvalues of A^T cov2 A, with cov1 = A A^T: symmetric,
-    so stable for the singular covariances of few images, where a matrix square root is not. Float64, (D,) and (D, D).
+    so stable for the singular covariances of few images, where a matrix square root is not.
     """
+    mean1, mean2, cov1, cov2 = x.mean(0), y.mean(0), torch.cov(x.T), torch.cov(y.T)
     values, vectors = torch.linalg.eigh(cov1)
     keep = values > values.max() * len(values) * torch.finfo(torch.float64).eps
     root = vectors[:, keep] * values[keep].sqrt()
     trace_root = torch.linalg.eigvalsh(root.T @ cov2 @ root).clamp_min(0).sqrt().sum()
     return float((mean1 - mean2).square().sum() + cov1.trace() + cov2.trace() - 2 * trace_root)
-
-
-def kernel_distance(x: np.ndarray, y: np.ndarray, subsets: int, subset_size: int,
-                    seed: int = 2020) -> tuple[float, float]:
-    """Unbiased squared MMD under the kernel (a.b / D + 1)^3, KID where features are Inception's [Binkowski 2018].
-
-    Args:
-        x, y: features (N, D) and (M, D).
-        subsets, subset_size: mean over this many random subsets, drawn as torch-fidelity draws them; a set smaller
-            than subset_size is used whole.
-
-    Returns:
-        mean and standard deviation over the subsets.
-
-    Raises:
-        ValueError: subsets of fewer than 2 images.
-    """
-    size = min(subset_size, len(x), len(y))
-    if size < 2:
-        raise ValueError(f"subsets of {size} images: KID needs at least 2")
-    random = np.random.RandomState(seed)
-    estimates = []
-    for _ in range(1 if size == len(x) == len(y) else subsets):  # every subset would be the whole set
-        a = x[random.choice(len(x), size, replace=False)].astype(np.float64)
-        b = y[random.choice(len(y), size, replace=False)].astype(np.float64)
-        aa, ab, bb = ((u @ v.T / x.shape[1] + 1) ** 3 for u, v in ((a, a), (a, b), (b, b)))
-        within = (aa.sum() - np.trace(aa) + bb.sum() - np.trace(bb)) / (size * (size - 1))
-        estimates.append(within - 2 * ab.mean())
-    return float(np.mean(estimates)), float(np.std(estimates))
 
 
 def confusion_matrix(labels: torch.Tensor, predictions: torch.Tensor, num_classes: int) -> torch.Tensor:

@@ -22,7 +22,7 @@ def folders(tmp_path, folder_data):
     shutil.copytree(folder_data / "val" / "labels", tmp_path / "labels")
     data = {"name": "folder", "root": str(folder_data), "size": [40, 48], "classes": 3, "void": 255, "workers": 0}
     judges = TINY["eval"] | {"features": "stlpips_alex", "metric": "fd_stlpips_alex", "segmenter_steps": 30,
-                             "diversity_samples": 2}
+                             "num_images": 0, "diversity_samples": 2}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(TINY | {"data": data, "eval": judges}))
     return tmp_path
 
