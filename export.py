@@ -30,6 +30,7 @@ MOST_ERROR = 1e-3    # of the file against PyTorch, images in [-1, 1]
 MOST_ROUNDING = 2    # by float16 weights, images in 0..255
 EXAMPLES = 24        # label maps to start from
 WALK = 21            # pictures from one noise to another
+TRUNCATIONS = 0.5, 0.7, 1.0, 1.3, 1.7, 2.2  # factors of the noise to choose from, beside the model's
 
 # What torch's exporter refuses or makes loops of, in plain operations.
 PLAIN = {"scaled_dot_product_attention": lambda q, k, v: (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v,
@@ -100,8 +101,8 @@ def main(arguments: argparse.Namespace) -> None:
     known = {key: state[key] for key in ("class_names", "palette", "ids", "step")}
     (out / "model.json").write_text(json.dumps(known | {
         "server": False, "name": settings.name, "size": [height, width], "z_dim": generator.z_dim,
-        "truncation": settings.eval.truncation, "photos": False,
-        "options": sorted(system.options), "choices": {}, "walk": WALK, "examples": len(examples)}))
+        "options": sorted(system.options), "walk": WALK, "examples": len(examples), "photos": False,
+        "choices": {"truncation": list(dict.fromkeys(map(str, (settings.eval.truncation, *TRUNCATIONS))))}}))
     print(f"{out}: {model.stat().st_size / 1e6:.1f} MB beside the runtime; python -m http.server -d {out}")
 
 

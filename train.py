@@ -245,7 +245,7 @@ def main(settings: Settings, resume: bool) -> None:
         if rank == 0:
             print("\n".join(f"{name:32} {value:.4g}" for name, value in recorder.latest.items()
                             if isinstance(value, (int, float))))
-            print(f"samples: {sorted((run / 'samples').glob('*.png'))[-1]}\ncheckpoint: {run}/checkpoints/latest.pt")
+            print(f"samples: {run}/samples/{train.steps:07d}.png\ncheckpoint: {run}/checkpoints/latest.pt")
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -343,6 +343,11 @@ def test_noise_of_a_class_of_the_walk_and_of_variations(page):
     page.js("(actions.six(), actions.six())")  # the second while the first is drawn
     page.settle()
     assert page.js("$('variations').children.length") == 6 and page.js("noise.seed") == 0
+    middle = page.picture()
+    page.click("#truncation [value='1.7']")
+    assert (page.picture() != middle).any()
+    page.click("#truncation [value='1.0']")
+    assert np.array_equal(page.picture(), middle)
     thumbnail = page.js("[...$('variations').children[0].getContext('2d').getImageData(0, 0, 32, 32).data]")
     page.click("#variations :nth-child(1)")
     assert np.array_equal(page.picture(), pixels(bytes(thumbnail))) and (page.picture() != again).any()
