@@ -119,7 +119,7 @@ section_6() {
   once 6/backbones.txt python bench.py "${configs[@]}" --steps 2 train.batch_size=2
 }
 
-section_7() { once 7/tests.txt python -m pytest -m slow -s; }
+section_7() { once 7/tests.txt python -m pytest -m slow; }
 
 section_8() {  # goes on from the runs of section 3
   section_3
