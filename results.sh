@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes the figures of RESULTS.md: ./results.sh [SECTION ...], all of them by default, which takes a day on two cores by estimate.
+# Makes the figures of RESULTS.md: ./results.sh [SECTION ...], all of them by default, half a day on two cores by estimate.
 # What is done is passed by, so start it again after a stop. Tables, curves and pictures go to results/SECTION.
 # CamVid is wanted as camvid/{train,val}/{images,labels} here, or as a link to such a folder.
 set -euo pipefail
