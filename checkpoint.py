@@ -121,6 +121,8 @@ def load_generator(path: str | Path, device: str | torch.device = "cpu",
             system.load_official(generator, torch.load(path, map_location="cpu", weights_only=True))
         else:
             generator.load_state_dict(state["ema"])
+    except (UserError, torch.OutOfMemoryError):
+        raise
     except Exception as error:  # as in load_checkpoint
         remedy = "name the configuration of its data set and size" if config_path else "use the version that wrote it"
         raise UserError(f"{path}: does not fit {config_path or 'its configuration'} ({' '.join(str(error).split())[:200]}); "
