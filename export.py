@@ -24,13 +24,13 @@ from torch import Tensor
 from checkpoint import load_generator, newest_checkpoint
 from config import UserError, run_script
 from dataset import evenly_spaced, example_pairs
+from systems import TRUNCATIONS
 
 RUNTIME = ("ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm")
 MOST_ERROR = 1e-3    # of the file against PyTorch, images in [-1, 1]
 MOST_ROUNDING = 2    # by float16 weights, images in 0..255
 EXAMPLES = 24        # label maps to start from
 WALK = 21            # pictures from one noise to another
-TRUNCATIONS = 0.5, 0.7, 1.0, 1.3, 1.7, 2.2  # factors of the noise to choose from, beside the model's
 
 # What torch's exporter refuses or makes loops of, in plain operations.
 PLAIN = {"scaled_dot_product_attention": lambda q, k, v: (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v,

@@ -32,6 +32,7 @@ from dataset import evenly_spaced, example_pairs
 from distributed import setup_distributed
 from interface import System
 from labels import read_label_file
+from systems import TRUNCATIONS
 
 NAME = zlib.crc32(b"painted")  # the label map that the page saves is painted.png; sample.py draws noise by this name
 WALK = 21                      # pictures from one noise to another: those of sample.py --interpolate 21
@@ -53,7 +54,7 @@ class Studio:
         self.examples = evenly_spaced(len(self.pairs or files), EXAMPLES)
         given = system.settings.diffusion
         psi = system.settings.eval.truncation
-        offered = {"truncation": [psi, 0.5, 0.7, 1.0, 1.3, 1.7, 2.2],  # the first of each is the default
+        offered = {"truncation": [psi, *TRUNCATIONS],  # the first of each is the default
                    "noise": ["image", "class", "pixel"],
                    "steps": [min(QUICK_STEPS, given.steps), 10, 20, 50, 100, 250, 1000],
                    "guidance": [given.guidance, *((1.0, 1.5, 2.0, 3.0) if given.drop_labels else ())]}

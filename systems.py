@@ -29,6 +29,7 @@ SYSTEMS = {
     "sdm": "systems:SDM",
 }
 DISCRIMINATORS = {"backbone": Discriminator, "oasis": OASISDiscriminator}
+TRUNCATIONS = 0.5, 0.7, 1.0, 1.3, 1.7, 2.2  # factors of the noise that the page offers, beside the model's
 
 
 def system_for(settings: Settings, num_classes: int) -> System:
