@@ -32,9 +32,6 @@ class Neighborhoods(NamedTuple):
 
 def _neighborhoods(label_map: Tensor, noise: Tensor, noise_ids: Tensor, num_classes: int) -> Neighborhoods:
     """Prepare one resolution: noise (V, z_dim), label_map and noise_ids (rows of noise) int64 (B, h, w)."""
-    if len(noise) > noise_ids.numel():  # noise for each pixel of a larger map
-        used, noise_ids = torch.unique(noise_ids, return_inverse=True)
-        noise = noise[used]
     # The table's blocks of nine rows: 0 = outside (zeros), then the classes and void, then the noise vectors.
     blocks = F.pad(torch.stack([label_map + 1, noise_ids + num_classes + 2]), (1, 1, 1, 1))
     windows = blocks.unfold(2, 3, 1).unfold(3, 3, 1).movedim(0, 3).flatten(3)
@@ -176,8 +173,7 @@ class OASISGenerator(nn.Module):
         self.to_rgb = nn.Conv2d(channels, 3, 3, padding=1)
         _initialize(self, gain)
 
-    def forward(self, label_map: Tensor, z: Tensor, z2: Tensor | None = None, region: Tensor | None = None,
-                noise_ids: Tensor | None = None) -> Tensor:
+    def forward(self, label_map: Tensor, z: Tensor, z2: Tensor | None = None, region: Tensor | None = None) -> Tensor:
         """Generate images (B, 3, height, width) in [-1, 1].
 
         Args:
@@ -185,12 +181,9 @@ class OASISGenerator(nn.Module):
             z: (K * B, z_dim), the noise of each image, the same in all its pixels; row k * B + i is the k-th sample
                 of map i.
             z2: (K * B, z_dim), the noise where `region`, bool (K * B, height, width), is True instead.
-            noise_ids: int64 (B, height, width); z is then (any number, z_dim) and this is the row that each pixel
-                takes: one for each class of each image, or for each pixel (local noise, in the paper only).
         """
-        if noise_ids is None:
-            label_map = label_map.repeat(len(z) // len(label_map), 1, 1)
-            noise_ids = torch.arange(len(z), device=z.device).view(-1, 1, 1).expand_as(label_map)
+        label_map = label_map.repeat(len(z) // len(label_map), 1, 1)
+        noise_ids = torch.arange(len(z), device=z.device).view(-1, 1, 1).expand_as(label_map)
         if z2 is not None:
             z, noise_ids = torch.cat([z, z2]), noise_ids + len(z) * region
         x = None

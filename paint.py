@@ -55,7 +55,6 @@ class Studio:
         given = system.settings.diffusion
         psi = system.settings.eval.truncation
         offered = {"truncation": [psi, *TRUNCATIONS],  # the first of each is the default
-                   "noise": ["image", "class", "pixel"],
                    "steps": [min(QUICK_STEPS, given.steps), 10, 20, 50, 100, 250, 1000],
                    "guidance": [given.guidance, *((1.0, 1.5, 2.0, 3.0) if given.drop_labels else ())]}
         self.choices = {key: list(dict.fromkeys(map(str, offered[key]))) for key in offered if key in system.options}
@@ -92,9 +91,7 @@ class Studio:
         chosen = {option: given.get(option, values[0]) for option, values in self.choices.items()}
         if any(value not in self.choices[option] for option, value in chosen.items()):
             raise UserError(f"{chosen}: choose among {self.choices}")
-        if chosen.get("noise", "image") != "image" and (walk or redraws):
-            raise UserError("the noise of classes or pixels has no walk and no redraws")
-        options = {"interpolate": walk and WALK, "resample": None, "noise": "image"} | chosen
+        options = {"interpolate": walk and WALK, "resample": None} | chosen
         system = self.system.with_options(argparse.Namespace(**options))
         preview = (lambda image: send(rgba(image))) if "steps" in system.options else None
         mark = self.newest[page] = object()

@@ -1,7 +1,6 @@
 """Label maps to images: python sample.py --labels DIR [--checkpoint FILE] [--out DIR] [--num K] [--seed S] [--grid]
                                       [--resample CLASS] [--interpolate N] [--fill-void] [--config FILE]
-                                      [--truncation PSI] [--noise image|class|pixel] [--steps N] [--guidance S]
-                                      [--instances DIR]
+                                      [--truncation PSI] [--steps N] [--guidance S] [--instances DIR]
 
 DIR holds label maps as PNG: class ids as the data set that the model was trained on spells them (8-bit L or P), or RGB
 in the model's palette. They may have any size and are resized (nearest) to the size the model was trained at, which is
@@ -34,8 +33,7 @@ from distributed import gather, setup_distributed
 from interface import System
 from labels import read_label_file
 
-DEFAULTS = {"resample": None, "interpolate": 0, "truncation": None, "noise": "image", "steps": None, "guidance": None,
-            "instances": None}
+DEFAULTS = {"resample": None, "interpolate": 0, "truncation": None, "steps": None, "guidance": None, "instances": None}
 
 
 def find_class(name: str, class_names: list[str]) -> int:
@@ -61,8 +59,6 @@ def check_options(system: System, arguments: argparse.Namespace) -> None:
     """Raise UserError for options that do not go together, or that this model does not have."""
     if arguments.num < 1 or arguments.interpolate == 1 or arguments.interpolate < 0 or arguments.seed < 0:
         raise UserError("--num takes at least 1, --interpolate at least 2, --seed at least 0")
-    if arguments.noise != "image" and (arguments.resample or arguments.interpolate):
-        raise UserError("--noise does not go with --resample and --interpolate")
     if arguments.interpolate and arguments.num > 1 and not arguments.resample:
         raise UserError("--interpolate goes with --num only where --resample redraws a class at each of its images")
     for option, default in DEFAULTS.items():
@@ -138,8 +134,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--config", type=Path, metavar="FILE", help="configuration of an official checkpoint")
     parser.add_argument("--truncation", type=float, metavar="PSI",
                         help="GANs: the noise times PSI (default: the model's eval.truncation, 1); above 1 samples differ more")
-    parser.add_argument("--noise", choices=("image", "class", "pixel"), default="image",
-                        help="OASIS: one noise vector for the image, for each class in it, or for each pixel")
     parser.add_argument("--steps", type=int, metavar="N", help="SDM: steps of an image, 2 to 1000")
     parser.add_argument("--guidance", type=float, metavar="S", help="SDM: 1 is plain, 1.5 published")
     parser.add_argument("--instances", type=Path, metavar="DIR", help="SDM with instance edges: folder of instance maps")

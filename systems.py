@@ -115,10 +115,9 @@ class Adversarial(System):
         return [{"z": z, "z2": z2, "region": label_map == options.resample} for z2 in others
                 for z in (zs if options.interpolate else zs[:1])]
 
-    def stream(self, generator: nn.Module, key: tuple[int, int], k: int, number: int, rows: int = 1) -> Tensor:
-        """Noise vectors (rows, z_dim) of sample k, from one of several streams."""
-        device = next(generator.parameters()).device
-        z = noise([(*key, k, number)], rows * generator.z_dim, device).view(rows, -1)
+    def stream(self, generator: nn.Module, key: tuple[int, int], k: int, number: int) -> Tensor:
+        """The noise vector (1, z_dim) of sample k, from one of several streams."""
+        z = noise([(*key, k, number)], generator.z_dim, next(generator.parameters()).device)
         return self.settings.eval.truncation * z
 
 
@@ -129,22 +128,12 @@ class DPSIMS(Adversarial):
 
 
 class OASIS(Adversarial):
-    """Sushko et al., ICLR 2021; networks in oasis.py. Its noise may differ from class to class or pixel to pixel."""
+    """Sushko et al., ICLR 2021; networks in oasis.py."""
 
-    options = Adversarial.options | {"noise"}
     generator_class = OASISGenerator
 
     def build(self) -> nn.Module:
         return OASISGenerator(self.num_classes, *self.settings.data.size, **self.settings.generator.arguments)
-
-    def plan_noise(self, generator: nn.Module, label_map: Tensor, key: tuple[int, int], options: Namespace) -> list[dict]:
-        if options.noise == "class":
-            return [{"z": self.stream(generator, key, k, 2, self.num_classes + 1), "noise_ids": label_map}
-                    for k in range(options.num)]
-        if options.noise == "pixel":
-            ids = torch.arange(label_map.numel(), device=label_map.device).view_as(label_map)
-            return [{"z": self.stream(generator, key, k, 3, ids.numel()), "noise_ids": ids} for k in range(options.num)]
-        return super().plan_noise(generator, label_map, key, options)
 
     def load_official(self, generator: nn.Module, state: dict[str, Tensor]) -> None:
         load_official(generator, state)

@@ -95,9 +95,7 @@ def test_pictures_are_those_of_sample_py(server, folder, sample):
 
 
 @pytest.mark.parametrize("generator, options, wrong", [
-    (TINY["generator"], {"truncation": "1.7"}, {"truncation": "9"}),
-    (OASIS, {"noise": "class"}, {"noise": "pixel", "walk": "3"}), (OASIS, {"noise": "pixel"}, {"noise": "pink"}),
-    (SDM, {"steps": "10", "guidance": "2.0"}, {"guidance": "x"})])
+    (OASIS, {"truncation": "1.7"}, {"truncation": "9"}), (SDM, {"steps": "10", "guidance": "2.0"}, {"guidance": "x"})])
 def test_options_are_those_of_sample_py(generator, options, wrong, tmp_path, sample):
     path, coarse = write_checkpoint(tmp_path / "latest.pt", generator=generator), []
     studio = paint.Studio(*load_generator(path), None)
@@ -105,7 +103,7 @@ def test_options_are_those_of_sample_py(generator, options, wrong, tmp_path, sam
     given = [part for option, value in options.items() for part in (f"--{option}", value)]
     assert np.array_equal(pixels(picture), sample(LABEL, "--seed", 2, "--checkpoint", path, *given)[0])
     assert len(coarse) == int(options.get("steps", 0))
-    assert set(studio.describe()["choices"]) == ({"steps", "guidance"} if generator is SDM else {"truncation", *options})
+    assert set(studio.describe()["choices"]) == set(options)
     with pytest.raises(UserError):
         studio.draw("a", LABEL.tobytes(), wrong, coarse.append)
 
@@ -384,15 +382,15 @@ def test_what_is_saved_comes_back(page, folder, sample, tmp_path):
 
 @pytest.mark.browser
 def test_options_of_the_model_and_a_server_that_was_away(tmp_path, driver):
-    """OASIS's local noise: no walk, no redraw. Painting goes on without the server."""
+    """OASIS draws with another truncation. Painting goes on without the server."""
     checkpoint = write_checkpoint(tmp_path / "latest.pt", generator=OASIS | {"gain": 0.1})
     server = serve_page(checkpoint)
     page = Page(driver, f"http://127.0.0.1:{server.server_port}")
     image = page.picture()
-    page.click("#noise [value=pixel]")
-    assert (page.picture() != image).any() and page.js("$('redraw').disabled && $('walk').disabled")
-    page.click("#noise [value=image]")
-    assert np.array_equal(page.picture(), image) and not page.js("$('walk').disabled")
+    page.click("#truncation [value='2.2']")
+    assert (page.picture() != image).any()
+    page.click("#truncation [value='1.0']")
+    assert np.array_equal(page.picture(), image)
     server.shutdown()
     server.server_close()
     page.click("[title=road]")

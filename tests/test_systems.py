@@ -197,9 +197,8 @@ def test_sample_reads_official_checkpoints(sample, tmp_path):
         with pytest.raises(SystemExit, match=message):
             sample(*base, *more)
     base = *base, "--config", "oasis.yaml"
-    images = [sample(*base, "--noise", kind)[0].astype(int) for kind in ("image", "class", "pixel")]
-    assert all((a != b).any() for a, b in itertools.combinations(images, 2))
+    image = sample(*base)[0].astype(int)
     with torch.no_grad():
         expected = network(torch.from_numpy(label)[None].long(), noise([(0, crc32(b"painted"), 0, 0)], 8, "cpu"))[0]
-    assert np.abs(images[0] - ((expected + 1) * 127.5).permute(1, 2, 0).numpy()).max() <= 0.51
+    assert np.abs(image - ((expected + 1) * 127.5).permute(1, 2, 0).numpy()).max() <= 0.51
     sample(*base, "--resample", scenes.CLASSES[0][0])
