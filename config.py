@@ -9,7 +9,6 @@ take a `name` and the arguments of the network of that name, which are checked w
 import difflib
 import json
 import re
-import reprlib
 import sys
 import traceback
 from collections.abc import Callable
@@ -44,13 +43,6 @@ def one_line(error: ValueError) -> str:
     return re.sub(r"^\w+\.UserError: ", "", str(error).strip().splitlines()[-1])
 
 
-def shorten(value) -> str:
-    """A value as a message shows it: a few lines of YAML can stand for gigabytes."""
-    short = reprlib.Repr()
-    short.maxlevel, short.maxstring = 2, 100
-    return short.repr(value)
-
-
 class Section(BaseModel):
     """A part of the settings. It cannot be changed; `model_copy(update={...})` gives another one."""
 
@@ -60,7 +52,8 @@ class Section(BaseModel):
     @classmethod
     def _of_earlier_versions(cls, given):
         """Without keys that are gone and changed nothing, which checkpoints hold."""
-        gone = lambda name, value: name == "skip_broken" or (name, value) == ("waves", 0)
+        unused = ("waves", 0), ("features_weights", None), ("diversity_weights", None)
+        gone = lambda name, value: name == "skip_broken" or (name, value) in unused
         return {key: given[key] for key in given if not gone(key, given[key])} if isinstance(given, dict) else given
 
 
@@ -182,7 +175,6 @@ class EvalSettings(Section):
                             "above 1 samples differ more", gt=0)
     fill_void: Flag = key(False, "generators get the nearest label in place of void, as with sample.py --fill-void")
     features: str = key("tf_efficientnet_lite2", "network of the distances: inception, stlpips_vgg or any timm name")
-    features_weights: str | None = key(None, "its local weight file")
     features_size: Count | None = key(None, "side in pixels that it sees; none: what it was trained at")
     kid_subsets: Count = key(100, "subsets that KID is averaged over")
     kid_subset_size: Id = key(1000, "images a subset, at most those there are", ge=2)
@@ -190,7 +182,6 @@ class EvalSettings(Section):
     segmenter_mapping: list[Id] | None = key(None, "class for each of its ids, -1 for none; none: by name or the same")
     segmenter_steps: Count = key(400, "training steps of that one")
     diversity_network: Literal["lpips_alex", "lpips_vgg", "stlpips_alex", "stlpips_vgg"] = key("stlpips_vgg", "its network")
-    diversity_weights: str | None = key(None, "local weight file of the backbone of lpips_*")
     diversity_size: Count | None = key(128, "height that samples are resized to for it; none: as they are")
     diversity_maps: Count = key(32, "label maps whose samples are compared")
     diversity_samples: Whole = key(4, "samples a map; all pairs are compared; 0 = no diversity")
@@ -289,7 +280,7 @@ def check_settings(given: dict, source: str, model: type[BaseModel] = Settings, 
     if not path:  # the message of a check of several keys, which names them
         raise UserError(f"{source}: {reason}")
     value = given[path[0]] if len(path) == 1 else given[path[0]].get(path[1])
-    raise UserError(f"{source}: {name} is {shorten(value)}; {reason[0].lower()}{reason[1:]}")
+    raise UserError(f"{source}: {name} is {value!r:.100}; {reason[0].lower()}{reason[1:]}")
 
 
 def flatten(nested: dict, prefix: str = "") -> dict:

@@ -57,11 +57,10 @@ def build_judges(settings: EvalSettings, dataset: LabeledImages,
     if len(evenly_spaced(len(dataset), settings.num_images)) < 2:
         raise UserError(f"eval.num_images is {settings.num_images}, {dataset.split} has {len(dataset)}: distances need at "
                         f"least 2 images")
-    features = FeatureNetwork(settings.features, settings.features_weights, settings.features_size).to(device)
+    features = FeatureNetwork(settings.features, settings.features_size).to(device)
     if settings.diversity_samples < 2:
         return features, None
-    return features, PerceptualNetwork(settings.diversity_network, settings.diversity_weights,
-                                       settings.diversity_size).to(device)
+    return features, PerceptualNetwork(settings.diversity_network, settings.diversity_size).to(device)
 
 
 def judge(images: torch.Tensor, labels: torch.Tensor, network: FeatureNetwork, segmenter, num_classes: int) -> dict:

@@ -8,7 +8,6 @@ import hashlib
 import itertools
 import warnings
 from pathlib import Path
-from unittest import mock
 
 import lpips
 import torch
@@ -20,11 +19,10 @@ from stlpips_pytorch import stlpips
 from backbones import answers, load_timm
 
 DIVERSITY_NETWORKS = ("lpips_alex", "lpips_vgg", "stlpips_alex", "stlpips_vgg")
-# network -> (URL, the setting that names a local copy); the digits in a file's name are the start of its SHA-256
-PUBLISHED_WEIGHTS = {
-    "inception": (inception.FID_WEIGHTS_URL, "eval.features_weights"),
-    "lpips_alex": ("https://download.pytorch.org/models/alexnet-owt-7be5be79.pth", "eval.diversity_weights"),
-    "lpips_vgg": ("https://download.pytorch.org/models/vgg16-397923af.pth", "eval.diversity_weights"),
+PUBLISHED_WEIGHTS = {  # the digits in a file's name are the start of its SHA-256
+    "inception": inception.FID_WEIGHTS_URL,
+    "lpips_alex": "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",
+    "lpips_vgg": "https://download.pytorch.org/models/vgg16-397923af.pth",
 }
 
 
@@ -34,29 +32,27 @@ def file_sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def published_weights(name: str, file: str | None = None) -> tuple[dict, str]:
-    """State dict of a network of PUBLISHED_WEIGHTS, and the SHA-256 of its file.
+def fetch_published(name: str) -> str:
+    """Fetch the weights of a network of PUBLISHED_WEIGHTS into torch's hub folder, unless they are there: the SHA-256.
 
-    file: a local copy; None looks in torch's hub folder, then fetches the file into it.
-    Raises ValueError: it is missing and cannot be fetched, or it is not the published file.
+    Raises ValueError: they are not there and cannot be fetched, or are not the published ones.
     """
-    url, setting = PUBLISHED_WEIGHTS[name]
-    kept = Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
-    path, digits = Path(file or kept), kept.stem.split("-")[-1]
+    url = PUBLISHED_WEIGHTS[name]
+    file = Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
+    digits = file.stem.split("-")[-1]
     try:
-        if not file and not kept.is_file():
+        if not file.is_file():
             if not answers(url):
                 raise OSError(f"no answer from {url}")
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(url, str(kept), digits, progress=False)
-        sha256 = file_sha256(path)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(file), digits, progress=False)
+        sha256 = file_sha256(file)
         if not sha256.startswith(digits):
             raise OSError(f"its SHA-256 begins with {sha256[:8]}, that of the published file with {digits}")
     except Exception as error:  # servers raise many kinds
-        raise ValueError(f"weights of {name}: {path} cannot be had ({error!r:.150}); put {kept.name} of {url} in "
-                         f"{kept.parent}, or name the file in {setting}; eval.features=tf_efficientnet_lite2 and "
-                         f"eval.diversity_network=stlpips_vgg need no download") from error
-    return torch.load(path, map_location="cpu", weights_only=True), sha256
+        raise ValueError(f"weights of {name}: {file} cannot be had ({error!r:.150}); put that file of {url} there, "
+                         "or judge by eval.features=tf_efficientnet_lite2 and eval.diversity_network=stlpips_vgg") from error
+    return sha256
 
 
 def _stlpips(name: str) -> tuple[nn.Module, str]:
@@ -71,14 +67,13 @@ class FeatureNetwork(nn.Module):
     Args:
         name: `inception` (pytorch-fid's network: the only one whose distance is FID), `stlpips_vgg`, `stlpips_alex`
             (spatial mean of the deepest features), or any timm classifier.
-        weights: local weight file; None looks in packages, then fetches.
         size: side in pixels to which images are resized; None: what the network was trained at, as FID demands.
 
     Raises:
         ValueError: unknown name, or weights that cannot be had.
     """
 
-    def __init__(self, name: str, weights: str | None = None, size: int | None = None):
+    def __init__(self, name: str, size: int | None = None):
         super().__init__()
         mean, std = (0, 0, 0), (1, 1, 1)  # of an image in [0, 1]
         resizing = "bilinear to {0} x {0}, antialiased"
@@ -86,16 +81,14 @@ class FeatureNetwork(nn.Module):
             if size is not None:
                 raise ValueError(f"eval.features_size: {size}; FID is defined at Inception's own 299, so leave it null")
             resizing = "bilinear to 299 x 299, not antialiased, inside the network, as pytorch-fid"
-            state, sha256 = published_weights(name, weights)
-            with mock.patch.object(inception, "load_state_dict_from_url", lambda *_, **__: state):
-                network = inception.InceptionV3()  # fetches, whatever it is told
+            sha256, network = fetch_published(name), inception.InceptionV3()
             self.features = lambda x: network(x)[0]
         elif name in ("stlpips_alex", "stlpips_vgg"):
             network, sha256 = _stlpips(name)
             size = size or 128
             self.features = lambda x: network.net(network.scaling_layer(2 * x - 1))[-1].mean((2, 3))
         else:
-            self.features = network = load_timm(name, weights=weights, num_classes=0)
+            self.features = network = load_timm(name, num_classes=0)
             sha256 = hashlib.sha256(b"".join(t.numpy().tobytes() for t in network.state_dict().values())).hexdigest()
             cfg = network.pretrained_cfg
             size, mean, std = size or cfg["input_size"][-1], cfg["mean"], cfg["std"]
@@ -118,26 +111,23 @@ class PerceptualNetwork(nn.Module):
 
     Args:
         name: one of DIVERSITY_NETWORKS.
-        weights: local file of torchvision's AlexNet or VGG-16 (`lpips_*` only), see `published_weights`.
         size: images of a smaller height are resized (bilinear) to this height, keeping their aspect; None: never.
 
     Raises:
         ValueError: unknown name, or weights that cannot be had.
     """
 
-    def __init__(self, name: str, weights: str | None = None, size: int | None = None):
+    def __init__(self, name: str, size: int | None = None):
         super().__init__()
         if name not in DIVERSITY_NETWORKS:
             raise ValueError(f"eval.diversity_network: {name!r} is none of {', '.join(DIVERSITY_NETWORKS)}")
         if name.startswith("stlpips"):
             network, sha256 = _stlpips(name)
         else:
-            state, sha256 = published_weights(name, weights)
+            sha256 = fetch_published(name)
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                network = lpips.LPIPS(net=name.split("_")[1], pnet_rand=True, verbose=False)  # only the trunk is random
-            trunk = network.net.state_dict()  # its slice2.3.weight is features.3.weight of torchvision
-            network.net.load_state_dict({key: state["features." + key.split(".", 1)[1]] for key in trunk})
+                warnings.simplefilter("ignore")  # it asks torchvision for its trunk in the words of earlier versions
+                network = lpips.LPIPS(net=name.split("_")[1], verbose=False)
         self.lpips, self.size = network.eval().requires_grad_(False), size
         resizing = f"bilinear to height {size} where smaller" if size else "none"
         self.description = {"network": name, "weights_sha256": sha256, "resize": resizing}

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 import scenes
-from config import DataSettings, UserError, shorten
+from config import DataSettings, UserError
 
 UNKNOWN = 255  # marks ids that mean nothing; void is C, so there are at most 254 classes
 PACK = np.array([65536, 256, 1], np.int32)  # (..., 3) colors -> one number each
@@ -167,9 +167,9 @@ def decode_label(image: Image.Image, path: str | Path, form: LabelFormat) -> np.
     if bad[0] == 255 and np.isin(values, (0, 255)).all():
         raise UserError(f"{path}: id 255, as in a 0/255 mask; set data.classes=2 and "
                         "data.palette=[[0,0,0],[255,255,255]], or data.void=255 if 255 means unlabelled")
-    known = shorten(np.flatnonzero(form.ids != UNKNOWN).tolist())
-    raise UserError(f"{path}: id {bad[0]} is none of the ids {known} of {form.num_classes} classes; mend the file, raise "
-                    "data.classes, or set data.void to the id of unlabelled pixels")
+    known = np.flatnonzero(form.ids != UNKNOWN)
+    raise UserError(f"{path}: id {bad[0]} is none of the ids of {form.num_classes} classes, {known[0]} to {known[-1]}; mend "
+                    "the file, raise data.classes, or set data.void to the id of unlabelled pixels")
 
 
 def read_label_file(path: str | Path, num_classes: int, palette, ids, content: bytes | None = None) -> np.ndarray:

@@ -151,10 +151,6 @@ class Generator(nn.Module):
             raise ValueError(f"generator.noise is {noise!r}; it is cross_attention, concat or none")
         if texture and noise == "none":
             raise ValueError("generator.noise is none, and texture follows from the noise; set generator.texture=false")
-        if not channels or min(*channels, z_dim, style_dim, num_tokens) < 1 or attention_scales < 0:
-            raise ValueError(f"generator.channels is {list(channels)}, z_dim {z_dim}, style_dim {style_dim}, num_tokens "
-                             f"{num_tokens}, attention_scales {attention_scales}; give a width for each scale, the finest "
-                             f"first, and at least 1 of the others, 0 of the last")
         self.num_classes, self.z_dim, self.noise, self.checkpointing = num_classes, z_dim, noise, checkpointing
         self.divisor = 2 ** (len(channels) - 1)
         scales = range(len(channels))
@@ -267,8 +263,6 @@ class Discriminator(nn.Module):
 
     def __init__(self, num_classes: int, feature_channels: list[int], channels: int = 64):
         super().__init__()
-        if channels < 1:
-            raise ValueError(f"discriminator.channels is {channels}; it is at least 1")
         widths = [min(channels * 2 ** (i + 1), 4 * channels) for i in range(len(feature_channels))]
         block = lambda c_in, c_out: ResidualBlock(c_in, c_out, norm=None, wrap=spectral_norm)
         self.lateral = nn.ModuleList(block(c, w) for c, w in zip(feature_channels, widths))

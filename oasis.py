@@ -145,12 +145,9 @@ class OASISGenerator(nn.Module):
 
     Args:
         num_classes: C.
-        height, width: of the images, multiples of 32.
         channels: width of the last block (64 as published, 74.3 M parameters at C = 150).
         z_dim: length of a noise vector (64 as published).
         gain: of the Xavier normal initialization (0.02 as published).
-
-    Raises ValueError for a size that is no multiple of 32, and for channels or z_dim below 1.
 
     For training on several GPUs convert with `nn.SyncBatchNorm.convert_sync_batchnorm`, as published. It refuses CPU
     tensors: several CPU processes each normalize by their own share of the batch, which only approximates one process.
@@ -160,12 +157,8 @@ class OASISGenerator(nn.Module):
     # In training: weight gradients of channels-last convolutions are slow on a CPU.
     cpu_format = torch.contiguous_format
 
-    def __init__(self, num_classes: int, height: int, width: int, channels: int = 64, z_dim: int = 64,
-                 gain: float = 0.02):
+    def __init__(self, num_classes: int, channels: int = 64, z_dim: int = 64, gain: float = 0.02):
         super().__init__()
-        if min(channels, z_dim) < 1:
-            raise ValueError(f"channels {channels}, z_dim {z_dim}: make both 1 or more")
-        _check_size(height, width, self.divisor, "generator")
         self.num_classes, self.z_dim = num_classes, z_dim
         features = [channels * factor for factor in (16, 16, 16, 8, 4, 2, 1)]
         self.first = LabelConv(z_dim, num_classes, features[0])
@@ -174,14 +167,15 @@ class OASISGenerator(nn.Module):
         _initialize(self, gain)
 
     def forward(self, label_map: Tensor, z: Tensor, z2: Tensor | None = None, region: Tensor | None = None) -> Tensor:
-        """Generate images (B, 3, height, width) in [-1, 1].
+        """Generate images (K * B, 3, H, W) in [-1, 1].
 
         Args:
-            label_map: int64 (B, height, width) in 0..C.
+            label_map: int64 (B, H, W) in 0..C, H and W multiples of 32 (ValueError).
             z: (K * B, z_dim), the noise of each image, the same in all its pixels; row k * B + i is the k-th sample
                 of map i.
-            z2: (K * B, z_dim), the noise where `region`, bool (K * B, height, width), is True instead.
+            z2: (K * B, z_dim), the noise where `region`, bool (K * B, H, W), is True instead.
         """
+        _check_size(*label_map.shape[1:], self.divisor, "generator")
         label_map = label_map.repeat(len(z) // len(label_map), 1, 1)
         noise_ids = torch.arange(len(z), device=z.device).view(-1, 1, 1).expand_as(label_map)
         if z2 is not None:
@@ -238,7 +232,7 @@ class DiscriminatorBlock(nn.Module):
 
 class OASISDiscriminator(nn.Module):
     """Image -> class logits of every pixel, a U-Net. `channels`: half the width of the first block (64 as published,
-    22.3 M parameters at C = 150), 1 or more (ValueError otherwise). `gain`: as the generator's.
+    22.3 M parameters at C = 150). `gain`: as the generator's.
 
     The C + 2 logits are the C classes, unknown (channel C, void's id) and, last, fake. Published OASIS has the unknown
     channel too: it is never a target that counts, but takes part in the softmax."""
@@ -248,8 +242,6 @@ class OASISDiscriminator(nn.Module):
 
     def __init__(self, num_classes: int, channels: int = 64, gain: float = 0.02):
         super().__init__()
-        if channels < 1:
-            raise ValueError(f"channels {channels}: make it 1 or more")
         widths = [channels * factor for factor in (2, 2, 4, 4, 8, 8)]
         self.down = nn.ModuleList(
             DiscriminatorBlock(*pair, up=False, first=pair[0] == 3) for pair in pairwise([3, *widths]))

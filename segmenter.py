@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from backbones import answers
 from checkpoint import save_checkpoint
-from config import DataSettings, Settings, UserError, shorten
+from config import DataSettings, Settings, UserError
 from dataset import build_dataset, leave_signals_to_parent
 from distributed import gather
 from evaluation import cache_file
@@ -163,7 +163,7 @@ def segmenter_for(settings: Settings, cache_dir: str | Path, device: torch.devic
             raise UserError(f"segmenter {source}: its class {names[mapping.index(None)]!r} is not in the data set; set "
                             f"eval.segmenter_mapping to one class (or -1) for each of its {len(names)} classes")
     if len(mapping) != len(names) or not set(mapping) <= {-1, *range(len(class_names))}:
-        raise UserError(f"segmenter {source}: eval.segmenter_mapping is {shorten(mapping)}; it needs an entry for each "
+        raise UserError(f"segmenter {source}: eval.segmenter_mapping is {mapping!r:.100}; it needs an entry for each "
                         f"of its {len(names)} classes: 0 to {len(class_names) - 1}, or -1 for none")
     return Segmenter(predict, mapping, class_names, description)
 

@@ -132,9 +132,6 @@ class OASIS(Adversarial):
 
     generator_class = OASISGenerator
 
-    def build(self) -> nn.Module:
-        return OASISGenerator(self.num_classes, *self.settings.data.size, **self.settings.generator.arguments)
-
     def load_official(self, generator: nn.Module, state: dict[str, Tensor]) -> None:
         load_official(generator, state)
 

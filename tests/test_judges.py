@@ -2,6 +2,7 @@
 
 import socket
 import urllib.request
+from pathlib import Path
 
 import huggingface_hub
 import lpips
@@ -18,18 +19,19 @@ import judges
 
 
 @pytest.fixture
-def random_weights(tmp_path, monkeypatch):
-    """random_weights(name, state) -> a file that passes for the published weights."""
+def publish(tmp_path, monkeypatch):
+    """publish(name, state): torch's hub folder has a file that passes for the published weights."""
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    (tmp_path / "checkpoints").mkdir()
+
     def write(name, state):
-        torch.save(state, tmp_path / "weights.pth")
-        url = f"https://nowhere/weights-{judges.file_sha256(tmp_path / 'weights.pth')[:8]}.pth"
-        monkeypatch.setitem(judges.PUBLISHED_WEIGHTS, name, (url, "eval.weights"))
-        return str(tmp_path / "weights.pth")
+        torch.save(state, tmp_path / "checkpoints" / Path(judges.PUBLISHED_WEIGHTS[name]).name)
+        monkeypatch.setattr(judges, "file_sha256", lambda path: path.stem.split("-")[-1])
 
     return write
 
 
-def test_inception_features_equal_pytorch_fid(tmp_path, random_weights, monkeypatch):
+def test_inception_features_equal_pytorch_fid(tmp_path, publish, monkeypatch):
     """test_metrics.py compares the distance of features."""
     with monkeypatch.context() as patch:
         patch.setattr(inception, "load_state_dict_from_url", lambda *_, **__: {})
@@ -38,31 +40,26 @@ def test_inception_features_equal_pytorch_fid(tmp_path, random_weights, monkeypa
     for tensor in state.values():
         if tensor.ndim == 4:  # PyTorch's own initialisation lets the signal die out over 90 layers
             torch.nn.init.kaiming_normal_(tensor)
-    with monkeypatch.context() as patch:
-        patch.setattr(inception, "load_state_dict_from_url", lambda *_, **__: state)
-        reference_network = inception.InceptionV3()
+    publish("inception", state)
+    reference_network = inception.InceptionV3()
     images = torch.randint(0, 256, (2, 3, 48, 64), dtype=torch.uint8)
     files = [tmp_path / f"{i}.png" for i in range(len(images))]
     for file, image in zip(files, images.permute(0, 2, 3, 1).numpy()):
         Image.fromarray(image).save(file)
     expected = fid_score.get_activations(files, reference_network, 2, 2048, "cpu", num_workers=0)
-    ours = judges.FeatureNetwork("inception", random_weights("inception", state))(images)
+    ours = judges.FeatureNetwork("inception")(images)
     np.testing.assert_allclose(ours, expected, rtol=1e-3, atol=1e-3 * expected.std())
 
 
 @pytest.mark.parametrize("name", ["lpips_alex", "stlpips_alex"])
-def test_diversity_equals_calling_the_package(name, random_weights):
-    images, weights = torch.randint(0, 256, (3, 3, 48, 48), dtype=torch.uint8), None
+def test_diversity_equals_calling_the_package(name, publish):
+    images = torch.randint(0, 256, (3, 3, 48, 48), dtype=torch.uint8)
     if name == "lpips_alex":
-        reference, trunk = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False), torchvision.models.alexnet()
-        del trunk.classifier
-        weights = random_weights(name, trunk.state_dict())
-        convolutions = ([m for m in network.modules() if isinstance(m, torch.nn.Conv2d)] for network in (reference.net, trunk))
-        for mine, published in zip(*convolutions):
-            mine.load_state_dict(published.state_dict())
+        publish(name, torchvision.models.alexnet().state_dict())
+        reference = lpips.LPIPS(net="alex", verbose=False)
     else:
         reference = stlpips.LPIPS(net="alex", variant="shift_tolerant", verbose=False)
-    network = judges.PerceptualNetwork(name, weights, size=64)
+    network = judges.PerceptualNetwork(name, size=64)
     x = torch.nn.functional.interpolate(images.float() / 127.5 - 1, (64, 64), mode="bilinear", align_corners=False)
     with torch.no_grad():
         expected = np.mean([reference(x[i:i + 1], x[j:j + 1]).item() for i, j in ((0, 1), (0, 2), (1, 2))])
@@ -83,13 +80,13 @@ def silent_url(monkeypatch):
 
 def test_missing_weights_are_one_line(tmp_path, monkeypatch, silent_url):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    monkeypatch.setitem(judges.PUBLISHED_WEIGHTS, "inception", (f"{silent_url}fid-12345678.pth", "eval.weights"))
-    torch.save({"other": torch.zeros(1)}, tmp_path / "other.pth")
-    for weights in (None, "absent.pth", "other.pth"):
-        path = tmp_path / (weights or "checkpoints/fid-12345678.pth")
-        message = f"^[^\n]*{path} [^\n]* put fid-12345678.pth of [^\n]*name the file in eval.weights[^\n]*$"
-        with pytest.raises(ValueError, match=message):
-            judges.FeatureNetwork("inception", weights and str(path))
+    monkeypatch.setitem(judges.PUBLISHED_WEIGHTS, "inception", f"{silent_url}fid-12345678.pth")
+    file = tmp_path / "checkpoints/fid-12345678.pth"
+    for reason in ("no answer", "its SHA-256 begins with"):
+        with pytest.raises(ValueError, match=f"^[^\n]*{file} [^\n]*{reason}[^\n]* put that file of [^\n]*$"):
+            judges.FeatureNetwork("inception")
+        file.parent.mkdir(exist_ok=True)
+        torch.save({"other": torch.zeros(1)}, file)
 
 
 def test_a_silent_hub_is_not_asked(silent_url, monkeypatch, tmp_path):

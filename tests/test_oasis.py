@@ -77,7 +77,7 @@ class Reference:
 def networks(monkeypatch):
     """Generator and discriminator in float64, each with its reference; random weights, as after some training."""
     monkeypatch.setattr(oasis, "SPADE_HIDDEN", 8)
-    ours = [oasis.OASISGenerator(C, HEIGHT, LENGTH, WIDTH, Z).double(), oasis.OASISDiscriminator(C, WIDTH).double()]
+    ours = [oasis.OASISGenerator(C, WIDTH, Z).double(), oasis.OASISDiscriminator(C, WIDTH).double()]
     pairs = []
     for network in ours:
         for name, value in network.state_dict().items():
@@ -141,13 +141,13 @@ def test_training_equals_the_reference(networks):
 def test_published_sizes(monkeypatch):
     monkeypatch.setattr(oasis, "_initialize", lambda *_: None)
     with torch.device("meta"):
-        published = oasis.OASISGenerator(150, 256, 256), oasis.OASISDiscriminator(150)
+        published = oasis.OASISGenerator(150), oasis.OASISDiscriminator(150)
     sizes = [sum(parameter.numel() for parameter in network.parameters()) / 1e6 for network in published]
     assert [round(size, 1) for size in sizes] == [74.3, 22.3]
 
 
 def test_first_weights_are_xavier_normal_of_the_gain():
-    for network in (oasis.OASISGenerator(C, 64, 64, 8, Z, gain=0.5), oasis.OASISDiscriminator(C, 8, gain=0.5)):
+    for network in (oasis.OASISGenerator(C, 8, Z, gain=0.5), oasis.OASISDiscriminator(C, 8, gain=0.5)):
         for name, parameter in network.named_parameters():
             if parameter.ndim == 1:
                 assert not parameter.any()
@@ -157,8 +157,8 @@ def test_first_weights_are_xavier_normal_of_the_gain():
 
 
 def test_what_does_not_fit_is_refused(networks):
-    with pytest.raises(ValueError, match="channels 0: make it 1 or more"):
-        oasis.OASISDiscriminator(C, channels=0)
+    with pytest.raises(ValueError, match="48 x 64.* multiples of 32"):
+        networks[0][0](torch.zeros(1, 48, 64, dtype=torch.int64), torch.zeros(1, Z))
     with pytest.raises(RuntimeError, match="(?s)Missing key.*Unexpected key"):
         oasis.load_official(networks[0][0], networks[1][1].state)
 

@@ -1,7 +1,6 @@
 """The table of systems: one of a stranger's, every generator with every discriminator, OASIS in the scripts."""
 
 import copy
-import itertools
 import json
 from zlib import crc32
 
@@ -98,11 +97,8 @@ def test_a_fourth_system_is_a_file_and_a_line(train, call, sample, tmp_path, mon
 
 @pytest.mark.parametrize("given, message", [
     ({"generator": {"noise": "crossattention"}}, "^generator.noise is 'crossattention'"),
-    ({"generator": {"channels": []}}, "^generator.channels"), ({"generator": {"channels": ["a"]}}, "generator.channels"),
+    ({"generator": {"channels": ["a"]}}, "generator.channels"),
     ({"generator": {"channels": [200, 200], "attention_scales": 1}}, "^generator.channels: 200 .* multiple of 64"),
-    ({"discriminator": {"channels": 0}}, "^discriminator.channels is 0"),
-    ({"generator": {"name": "oasis", "channels": 0}}, "channels 0, z_dim 64: make both 1 or more"),
-    ({"generator": {"name": "oasis"}, "data": {"size": [48, 64]}}, "48 x 64.* multiples of 32"),
     ({"discriminator": {"name": "patch"}}, "discriminator.name is 'patch'; there are backbone, oasis")])
 def test_networks_refuse_what_they_cannot_be(given, message):
     with pytest.raises(ValueError, match=message):
@@ -183,7 +179,7 @@ def test_oasis_resumes_and_is_evaluated(train, call, tmp_path):
 
 def test_sample_reads_official_checkpoints(sample, tmp_path):
     """A file like the official best_EMA.pth with random weights."""
-    network = oasis.OASISGenerator(12, 64, 64, channels=2, z_dim=8).eval()
+    network = oasis.OASISGenerator(12, channels=2, z_dim=8).eval()
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     reorder = lambda name, t: torch.cat([t[:, :8], t[:, 8:].roll(1, 1)], 1) if t.ndim == 4 and t.shape[1] == 21 else t
