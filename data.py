@@ -13,10 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from PIL import Image
 from torchvision.utils import make_grid
 from tqdm.contrib.concurrent import thread_map
 
+from checkpoint import whole_file
 from config import DataSettings, UserError, load_settings, run_script
 from dataset import SPLITS, LabeledImages, build_dataset, evenly_spaced, find_pairs
 
@@ -55,23 +58,17 @@ def show(data: DataSettings, arguments: argparse.Namespace) -> None:
     """A sheet: images beside their label maps in color, evenly spaced over the split, and the legend."""
     dataset = build_dataset(data, arguments.split)
     indices = evenly_spaced(len(dataset), arguments.count)
-    pairs = [dataset[index] for index in indices]
-    colors = torch.from_numpy(dataset.palette)
-    pairs = torch.stack([torch.cat([image, colors[label.int()].permute(2, 0, 1)], dim=2) for image, label, *_ in pairs])
-    scale = max(1, round(192 / dataset.size[0]))
-    pairs = pairs.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
-    grid = make_grid(pairs, max(1, 1536 // (pairs.shape[3] + 8)), padding=8, pad_value=255).permute(1, 2, 0).numpy()
-    names = [f"{i} {name}" for i, name in enumerate([*dataset.class_names, "void"])]
-    across = max(1, grid.shape[1] // 170)
-    sheet = Image.new("RGB", (grid.shape[1], grid.shape[0] + 20 * -(-len(names) // across) + 8), "white")
-    sheet.paste(Image.fromarray(grid))
-    draw = ImageDraw.Draw(sheet)
-    for i, (name, color) in enumerate(zip(names, dataset.palette.tolist())):
-        x, y = i % across * 170 + 4, i // across * 20 + grid.shape[0] + 4
-        draw.rectangle((x, y, x + 22, y + 14), tuple(color), "black")
-        draw.text((x + 28, y + 1), name, "black")
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(arguments.out)
+    colors, names = torch.from_numpy(dataset.palette), [*dataset.class_names, "void"]
+    pairs = [torch.cat([image, colors[label.int()].permute(2, 0, 1)], 2) for image, label, *_ in (dataset[i] for i in indices)]
+    grid = make_grid(pairs, max(1, 512 // dataset.size[1]), padding=8, pad_value=255).permute(1, 2, 0)
+    figure = Figure(figsize=(16, 16 * grid.shape[0] / grid.shape[1] + 0.03 * len(names) + 0.5), layout="constrained")
+    panel = figure.subplots()
+    panel.imshow(grid, interpolation="nearest")
+    panel.axis("off")
+    figure.legend(handles=[Patch(facecolor=color / 255, edgecolor="black", label=f"{i} {name}")
+                           for i, (name, color) in enumerate(zip(names, dataset.palette))], loc="outside lower left", ncols=8)
+    with whole_file(arguments.out) as path:
+        figure.savefig(path, format="png")
     print(f"{arguments.out}: {len(indices)} of {len(dataset)} pairs")
 
 
@@ -105,8 +102,6 @@ def main() -> None:
             command.add_argument("--out", type=Path, required=True)
         command.add_argument("overrides", nargs="*", metavar="key.path=value")
     arguments = parser.parse_args()
-    if arguments.function is show and arguments.out.suffix.lower() not in (".png", ".jpg"):
-        raise UserError(f"--out {arguments.out}: name a .png or .jpg file")
     if arguments.function is not check and arguments.out.exists():
         raise UserError(f"{arguments.out} exists; remove it or choose another --out")
     arguments.function(load_settings(arguments.config, arguments.overrides).data, arguments)

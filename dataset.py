@@ -10,12 +10,14 @@ import glob
 import hashlib
 import os
 import signal
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageOps
 from tqdm.contrib.concurrent import thread_map
 
 import scenes
@@ -23,8 +25,8 @@ from config import DataSettings, UserError
 from labels import decode_label, label_format, open_image
 
 SPLITS = ("train", "val")
+EXAMPLES = 24  # label maps that the painting page offers to start from
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
-TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF orientation -> PIL.Image.Transpose that makes it upright
 
 
 @dataclass(frozen=True)
@@ -80,18 +82,13 @@ def read_image(path: str | Path, size: tuple[int, int] | None = None) -> np.ndar
 
 def _decode_image(image: Image.Image, size: tuple[int, int] | None, *crop) -> tuple[tuple[int, int], np.ndarray]:
     """Upright (width, height) of an open image; and its pixels, or those of a crop (see `_crop_box`), at `size`."""
-    try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation, 1) if "exif" in image.info else 1  # not of TIFF
-    except Exception:  # Pillow raises many kinds of errors on damaged EXIF; viewers pass over it
-        orientation = 1
-    turned = orientation in (5, 6, 7, 8)
-    width, height = image.size[::-1] if turned else image.size
+    with suppress(Exception):  # Pillow raises many kinds of errors on damaged EXIF; viewers pass over it
+        if "exif" in image.info and image.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # Pillow itself turns TIFF
+            image = ImageOps.exif_transpose(image)
+    width, height = image.size
     size, box = size or (height, width), _crop_box(width, height, *crop)
     # JPEG decodes to 1/2, 1/4 or 1/8 at a fraction of the work; twice what is asked is left to the filter.
-    enough = int(2 * size[1] * width / (box[2] - box[0])), int(2 * size[0] * height / (box[3] - box[1]))
-    image.draft(None, enough[::-1] if turned else enough)
-    if orientation in TURNS:  # ImageOps.exif_transpose would stop at damaged EXIF
-        image = image.transpose(TURNS[orientation])
+    image.draft(None, (int(2 * size[1] * width / (box[2] - box[0])), int(2 * size[0] * height / (box[3] - box[1]))))
     if image.mode.startswith("I"):  # Pillow alone would clip 16 bits to 255
         image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
     image = image if image.mode == "RGB" else image.convert("RGB")
@@ -223,14 +220,14 @@ def build_dataset(data: DataSettings, split: str, seed: int = 0, augment: bool =
     return LabeledImages(data, split, pairs, seed, augment)
 
 
-def example_pairs(data: DataSettings, class_names: list[str]) -> LabeledImages | None:
-    """The val split, if it is on disk; else rendered scenes, if the classes are theirs; else None."""
+def example_pairs(data: DataSettings, class_names: list[str]) -> Sequence[tuple[torch.Tensor, ...]]:
+    """EXAMPLES pairs of the val split, if it is on disk; else rendered scenes, if the classes are theirs; else none."""
     for settings in (data, DataSettings(name="scenes", size=data.size)):
-        try:
+        with suppress(UserError):
             if label_format(settings).class_names == class_names:
-                return build_dataset(settings, "val")
-        except UserError:
-            pass
+                dataset = build_dataset(settings, "val")
+                return torch.utils.data.Subset(dataset, evenly_spaced(len(dataset), EXAMPLES))
+    return ()
 
 
 def leave_signals_to_parent(worker: int) -> None:

@@ -23,14 +23,12 @@ from torch import Tensor
 
 from checkpoint import load_generator, newest_checkpoint
 from config import UserError, run_script
-from dataset import evenly_spaced, example_pairs
-from systems import TRUNCATIONS
+from dataset import example_pairs
+from systems import TRUNCATIONS, WALK
 
 RUNTIME = ("ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm")
 MOST_ERROR = 1e-3    # of the file against PyTorch, images in [-1, 1]
 MOST_ROUNDING = 2    # by float16 weights, images in 0..255
-EXAMPLES = 24        # label maps to start from
-WALK = 21            # pictures from one noise to another
 
 # What torch's exporter refuses or makes loops of, in plain operations.
 PLAIN = {"scaled_dot_product_attention": lambda q, k, v: (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v,
@@ -94,14 +92,13 @@ def main(arguments: argparse.Namespace) -> None:
     shutil.copy(Path(__file__).with_name("paint.html"), out / "index.html")
     for name in RUNTIME:
         shutil.copy(runtime / name, out / name)
-    pairs = example_pairs(settings.data, state["class_names"]) or ()
-    examples = evenly_spaced(len(pairs), EXAMPLES)
-    for number, i in enumerate(examples):
-        (out / "example" / str(number)).write_bytes(pairs[i][1].numpy().tobytes())
+    pairs = example_pairs(settings.data, state["class_names"])
+    for number in range(len(pairs)):
+        (out / "example" / str(number)).write_bytes(pairs[number][1].numpy().tobytes())
     known = {key: state[key] for key in ("class_names", "palette", "ids", "step")}
     (out / "model.json").write_text(json.dumps(known | {
         "server": False, "name": settings.name, "size": [height, width], "z_dim": generator.z_dim,
-        "options": sorted(system.options), "walk": WALK, "examples": len(examples), "photos": False,
+        "options": sorted(system.options), "walk": WALK, "examples": len(pairs), "photos": False,
         "choices": {"truncation": list(dict.fromkeys(map(str, (settings.eval.truncation, *TRUNCATIONS))))}}))
     print(f"{out}: {model.stat().st_size / 1e6:.1f} MB beside the runtime; python -m http.server -d {out}")
 

@@ -28,16 +28,14 @@ from torch import Tensor
 
 from checkpoint import load_generator, newest_checkpoint
 from config import UserError, run_script
-from dataset import evenly_spaced, example_pairs
+from dataset import EXAMPLES, evenly_spaced, example_pairs
 from distributed import setup_distributed
 from interface import System
 from labels import read_label_file
-from systems import TRUNCATIONS
+from systems import TRUNCATIONS, WALK
 
 NAME = zlib.crc32(b"painted")  # the label map that the page saves is painted.png; sample.py draws noise by this name
-WALK = 21                      # pictures from one noise to another: those of sample.py --interpolate 21
 QUICK_STEPS = 20               # at first, of a system that takes many
-EXAMPLES = 24                  # label maps to start from, evenly spaced
 MOST_BYTES = 2 ** 24           # of a request
 Image.MAX_IMAGE_PIXELS = 2 ** 23  # of a label file; Pillow refuses twice as many
 
@@ -50,8 +48,8 @@ class Studio:
         files = sorted(path for path in labels.glob("*") if path.suffix.lower() == ".png") if labels else []
         if labels and not files:
             raise UserError(f"{labels}: no label maps; --labels names a folder of PNG files")
-        self.files, self.pairs = files, None if labels else example_pairs(system.settings.data, state["class_names"])
-        self.examples = evenly_spaced(len(self.pairs or files), EXAMPLES)
+        self.files = [files[i] for i in evenly_spaced(len(files), EXAMPLES)]
+        self.pairs = () if labels else example_pairs(system.settings.data, state["class_names"])
         given = system.settings.diffusion
         psi = system.settings.eval.truncation
         offered = {"truncation": [psi, *TRUNCATIONS],  # the first of each is the default
@@ -68,7 +66,8 @@ class Studio:
         """What the page must know of the model."""
         return {key: self.state[key] for key in ("class_names", "palette", "ids", "step")} | {
             "server": True, "name": self.system.settings.name, "size": self.size, "options": sorted(self.system.options),
-            "choices": self.choices, "walk": WALK, "examples": len(self.examples), "photos": bool(self.pairs)}
+            "choices": self.choices, "walk": WALK, "examples": len(self.files or self.pairs),
+            "photos": bool(self.pairs)}
 
     def draw(self, page: str, body: bytes, given: dict[str, str], send: Callable[[bytes], None]) -> bytes:
         """A picture of H * W bytes of classes; what the same page asked for before is given up.
@@ -127,8 +126,8 @@ class Studio:
     def example(self, index: int) -> tuple[bytes, bytes]:
         """A label map to start from, H * W classes, and of a pair the photo, H * W RGBA pixels. Raises UserError."""
         if self.files:
-            return self.read_label(self.files[self.examples[index]]), b""
-        photo, label = self.pairs[self.examples[index]][:2]
+            return self.read_label(self.files[index]), b""
+        photo, label = self.pairs[index][:2]
         return label.numpy().tobytes(), rgba(photo)
 
 
@@ -171,7 +170,7 @@ class Handler(BaseHTTPRequestHandler):
                 case ["model.json"]:
                     self.reply(json.dumps(studio.describe()).encode(), "application/json")
                 case ["example" | "photo" as kind, index]:
-                    self.reply(studio.example(whole(index, len(studio.examples)))[kind == "photo"])
+                    self.reply(studio.example(whole(index, len(studio.files or studio.pairs)))[kind == "photo"])
                 case ["label"]:
                     self.reply(studio.read_label(given.get("name", "the file")[:100], body))
                 case ["draw"]:
