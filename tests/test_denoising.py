@@ -61,8 +61,7 @@ def test_a_resumed_training_equals_an_unbroken_one():
     parts.load_state_dict(copy.deepcopy(whole.state_dict()))
     assert whole.step(image, label_map, 1, [0, 1, 2, 3]) == parts.step(image, label_map, 1, [0, 1, 2, 3])
     for network in ("generator", "ema"):
-        states = [getattr(one, network).state_dict() for one in (whole, parts)]
-        assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+        torch.testing.assert_close(whole.state_dict()[network], parts.state_dict()[network], rtol=0, atol=0)
 
 
 def test_withheld_label_maps_and_time_steps_are_drawn_for_every_place():
@@ -87,11 +86,7 @@ def test_trains_with_instance_maps_samples_and_is_evaluated(train, call, sample,
     assert {len(ids) for ids in seen} == {4, 2} and min(ids.min() for ids in seen) >= 26000  # two of four show diversity
     assert Image.open("runs/tiny/samples/0000001.png").size == (4 * 17 + 1, 4 * 17 + 1)  # map, real, two samples
 
-    images = sample(label, "--steps", 5, "--num", 2)
-    assert len(images) == 2 and not np.array_equal(*images)
-    with pytest.raises(SystemExit, match="--steps, --guidance: diffusion.steps is 1; .* 2$"):
-        sample(label, "--steps", 1)
-
+    assert not np.array_equal(*sample(label, "--steps", 5, "--num", 2))
     call("evaluate.py", "--checkpoint", "runs/tiny/checkpoints/latest.pt", "diffusion.steps=5")
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["num_images"] == 4 and metrics["protocol"]["source"]["diffusion"]["steps"] == 5
