@@ -5,7 +5,8 @@ import itertools
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
+import torch.distributed as dist
+from conftest import together
 
 from augment import fill_void, roughen
 from config import UserError, check_settings
@@ -44,34 +45,29 @@ def measure(cache, rank=0, world_size=1, generate=painted, **changes):
                               cache, rank, world_size)
 
 
-def assert_close(metrics, expected, rel):
-    assert metrics == {key: pytest.approx(value, rel=rel) if isinstance(value, float) else value
-                       for key, value in expected.items()}
-
-
-def one_of_two(rank, folder):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    torch.save(measure(folder / "cache2", rank, 2), folder / f"metrics{rank}.pt")
-    torch.distributed.destroy_process_group()
+def measure_together(folder):
+    dist.init_process_group("gloo")
+    torch.save(measure(folder / "cache2", dist.get_rank(), 2), folder / f"metrics{dist.get_rank()}.pt")
+    dist.destroy_process_group()
 
 
 def test_two_processes_equal_one(tmp_path):
-    one = measure(tmp_path / "cache1")
-    mp.start_processes(one_of_two, args=(tmp_path,), nprocs=2, start_method="fork")
+    one = {key: pytest.approx(value, rel=1e-4) if isinstance(value, float) else value
+           for key, value in measure(tmp_path / "cache1").items()}
+    together(tmp_path, 2, measure_together, tmp_path)
     for rank in range(2):
-        assert_close(torch.load(tmp_path / f"metrics{rank}.pt", weights_only=True), one, 1e-4)
+        assert torch.load(tmp_path / f"metrics{rank}.pt", weights_only=True) == one
 
 
 def test_real_images_are_cached_under_their_own_key(tmp_path, monkeypatch):
     first, judged = measure(tmp_path), []
     monkeypatch.setattr("evaluation.judge", lambda *args: judged.append(args) or judge(*args))
-    assert_close(measure(tmp_path), first, 1e-9)
+    assert measure(tmp_path) == first
     assert len(judged) == 3  # batches of generated images only
     other = measure(tmp_path, features_size=40, diversity_samples=0)
     assert len(judged) == 3 + 6  # another size: the real images are looked at again
-    for metrics, changes in ((first, {}), (other, {"diversity_samples": 0})):
-        names = metric_names(SETTINGS.eval.model_copy(update=changes))
+    for metrics, samples in ((first, 3), (other, 0)):
+        names = metric_names(SETTINGS.eval.model_copy(update={"diversity_samples": samples}))
         measured = {key for key, value in metrics.items() if isinstance(value, float)}
         assert measured == {*names, "kid_stlpips_alex_std", "miou_real", "pixel_accuracy_real"}
         assert [name for name in names if not higher_is_better(name)] == ["fd_stlpips_alex", "kid_stlpips_alex", "color_error"]
