@@ -74,10 +74,11 @@ def test_trains_with_instance_maps_samples_and_is_evaluated(train, call, sample,
     data = tmp_path / "cityscapes"
     for split, i in itertools.product(("train", "val"), range(4)):
         image, label = scenes.render(split, i, (16, 16))
-        for kind, end, array in (("leftImg8bit", "leftImg8bit", image), ("gtFine", "gtFine_labelIds", label),
-                                 ("gtFine", "gtFine_instanceIds", label.astype(np.uint16) + 26000)):
-            (data / kind / split / "ulm").mkdir(parents=True, exist_ok=True)
-            Image.fromarray(array).save(data / kind / split / "ulm" / f"{i}_{end}.png")
+        instances = label + np.uint16(26000)
+        for kind, array in (("leftImg8bit", image), ("gtFine_labelIds", label), ("gtFine_instanceIds", instances)):
+            folder = data / kind.split("_")[0] / split / "ulm"
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(array).save(folder / f"{i}_{kind}.png")
     given = {**RUN["data"], "name": "cityscapes", "root": str(data), "instances": True}
     (tmp_path / "sdm.yaml").write_text(yaml.safe_dump({**RUN, "data": given, "generator": CITYSCAPES}))
     seen, plain = [], sdm.instance_edges
@@ -98,7 +99,7 @@ def test_official_cityscapes_checkpoint_through_sample(sample, tmp_path, monkeyp
     file.write_text(yaml.safe_dump(config))
     unet = sdm.SDMUNet(34, **{key: value for key, value in CITYSCAPES.items() if key != "name"})
     torch.save({sdm.official_name(key): value for key, value in unet.state_dict().items()}, tmp_path / "ema.pt")
-    label = np.repeat(np.repeat(np.array([[0, 5]], np.uint8), 8, 1), 16, 0)
+    label = np.repeat([[0] * 8 + [5] * 8], 16, 0).astype(np.uint8)
     (tmp_path / "instances").mkdir()
     Image.fromarray(np.roll(label, 4, 1).astype(np.uint16) + 26000).save(tmp_path / "instances/painted.png")
     seen, plain = [], sdm.SDMUNet.semantics

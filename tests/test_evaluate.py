@@ -33,8 +33,7 @@ def test_real_images_against_themselves(folders, call):
         call("evaluate.py", *arguments)
     together(folders, 2, call, "evaluate.py", *arguments, "--config", "config.yaml")
     metrics, shown = json.loads((folders / "metrics.json").read_text()), (folders / "out.txt").read_text()
-    assert metrics["num_images"] == 6
-    assert metrics["fd_stlpips_alex"] == pytest.approx(0, abs=1e-4)
+    assert metrics["num_images"] == 6 and metrics["fd_stlpips_alex"] == pytest.approx(0, abs=1e-4)
     assert metrics["miou"] == pytest.approx(metrics["miou_real"]) and metrics["color_error"] == pytest.approx(0)
     assert metrics["protocol"]["size"] == [40, 48] and len(metrics["protocol"]["features"]["weights_sha256"]) == 64
     assert "miou" in shown and "class 2" in shown

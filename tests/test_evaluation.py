@@ -92,7 +92,7 @@ def distances_in_numpy(images):
 
 def test_diversity_in_brightness_color_and_detail_equals_numpy(tmp_path):
     metrics = measure(tmp_path, batch_size=3)
-    assert "rough" not in metrics["protocol"]
+    assert not {"rough", "fill_void"} & metrics["protocol"].keys()
     real = [DATASET[index][0] for index in INDICES]
     between_real = np.mean([distances_in_numpy(pair) for pair in zip(real[:5], real[5:])], axis=0)
     between_samples = []
@@ -109,15 +109,13 @@ def test_rough_label_maps_are_for_the_generator_alone(tmp_path, monkeypatch):
     monkeypatch.setattr("evaluation.judge", lambda images, labels, *more: judged.append(labels) or judge(images, labels, *more))
     spy = lambda label_map, seeds, k: got.append((label_map, seeds, k)) or painted(label_map, seeds, k)
     true = {sample_seed(5, index): DATASET[index][1].long() for index in INDICES}
-    for change, after in (({}, lambda x: x), ({"fill_void": True}, lambda x: fill_void(x, 12))):
-        got.clear(), judged.clear()
-        metrics = measure(tmp_path / str(len(change)), rough="random", generate=spy, **change)
-        assert {"rough": "random", **change}.items() <= metrics["protocol"].items() and {k for *_, k in got} == {0, 1, 2}
-        for maps, seeds, _ in got:
-            assert torch.equal(maps, torch.stack([after(roughen(true[seed], "random", 12, seed)) for seed in seeds]))
-        assert torch.equal(torch.cat(judged[1::2]), torch.stack(list(true.values())))  # in turns with the real images
+    protocol = measure(tmp_path, rough="random", fill_void=True, generate=spy)["protocol"]
+    assert protocol["rough"] == "random" and protocol["fill_void"] and {k for *_, k in got} == {0, 1, 2}
+    for maps, seeds, _ in got:
+        assert torch.equal(maps, torch.stack([fill_void(roughen(true[seed], "random", 12, seed), 12) for seed in seeds]))
+    assert torch.equal(torch.cat(judged[1::2]), torch.stack(list(true.values())))  # in turns with the real images
 
 
-def test_one_image_is_too_few():
+def test_one_image_is_too_few(tmp_path):
     with pytest.raises(UserError, match="eval.num_images is 1, val has 500: distances need at least 2"):
-        build_judges(SETTINGS.eval.model_copy(update={"num_images": 1}), DATASET, "cpu")
+        measure(tmp_path, num_images=1)

@@ -30,19 +30,13 @@ def accuracy(segmenter, data):
     return (segmenter(images) == labels)[labels < 3].float().mean()
 
 
-class ByChannel(torch.nn.Module):
-    """Scores of a pixel = its red, green and blue, at half the size: the right answer on `folder_data`."""
-
-    def forward(self, x):
-        return torch.nn.functional.avg_pool2d(x, 2)
-
-
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """A folder with ByChannel, in judge.pt2 and, for two images only, in pairs.pt2."""
+    """A network in judge.pt2 and, for two images only, in pairs.pt2. Scores of a pixel are its red, green and blue, at half the
+    size: the right answer on `folder_data`."""
     folder = tmp_path_factory.mktemp("exported")
     for name, shapes in (("judge", ({0: torch.export.Dim("batch")},)), ("pairs", None)):
-        program = torch.export.export(ByChannel(), (torch.rand(2, 3, 16, 24),), dynamic_shapes=shapes)
+        program = torch.export.export(torch.nn.AvgPool2d(2), (torch.rand(2, 3, 16, 24),), dynamic_shapes=shapes)
         torch.export.save(program, folder / f"{name}.pt2")
     return folder
 
