@@ -33,12 +33,9 @@ def test_real_images_against_themselves(folders, call):
         call("evaluate.py", *arguments)
     together(folders, 2, call, "evaluate.py", *arguments, "--config", "config.yaml")
     metrics, shown = json.loads((folders / "metrics.json").read_text()), (folders / "out.txt").read_text()
-    assert metrics["num_images"] == 6
-    assert metrics["fd_stlpips_alex"] == pytest.approx(0, abs=1e-4)
+    assert metrics["num_images"] == 6 and metrics["fd_stlpips_alex"] == pytest.approx(0, abs=1e-4)
     assert metrics["miou"] == pytest.approx(metrics["miou_real"]) and metrics["color_error"] == pytest.approx(0)
-    assert "fid" not in metrics and "stlpips_alex_diversity" not in metrics  # one sample of each map
     assert metrics["protocol"]["size"] == [40, 48] and len(metrics["protocol"]["features"]["weights_sha256"]) == 64
-    assert metrics["protocol"]["segmenter"]["mapping"] == [0, 1, 2]
     assert "miou" in shown and "class 2" in shown
 
 
@@ -64,7 +61,6 @@ def test_several_samples_of_a_label_map(folders):
 @pytest.mark.parametrize("spoil, message", [
     (lambda folders: (folders / "images/3.png").unlink(), "images/3.png: 0 such images, not 1"),
     (lambda folders: Image.new("RGB", (8, 6)).save(folders / "images/2.png"), r"2.png: 8 x 6, .*data.size=\[6,8\]"),
-    (lambda folders: (folders / "real/5.png").unlink(), "real/5.png: 0 such images"),
     (lambda folders: shutil.rmtree(folders / "labels"), "labels: no such folder")])
 def test_wrong_folders_are_named(folders, spoil, message):
     shutil.copytree(folders / "real", folders / "images")

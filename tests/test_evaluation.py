@@ -5,7 +5,8 @@ import itertools
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
+import torch.distributed as dist
+from conftest import together
 
 from augment import fill_void, roughen
 from config import UserError, check_settings
@@ -44,34 +45,29 @@ def measure(cache, rank=0, world_size=1, generate=painted, **changes):
                               cache, rank, world_size)
 
 
-def assert_close(metrics, expected, rel):
-    assert metrics == {key: pytest.approx(value, rel=rel) if isinstance(value, float) else value
-                       for key, value in expected.items()}
-
-
-def one_of_two(rank, folder):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    torch.save(measure(folder / "cache2", rank, 2), folder / f"metrics{rank}.pt")
-    torch.distributed.destroy_process_group()
+def measure_together(folder):
+    dist.init_process_group("gloo")
+    torch.save(measure(folder / "cache2", dist.get_rank(), 2), folder / f"metrics{dist.get_rank()}.pt")
+    dist.destroy_process_group()
 
 
 def test_two_processes_equal_one(tmp_path):
-    one = measure(tmp_path / "cache1")
-    mp.start_processes(one_of_two, args=(tmp_path,), nprocs=2, start_method="fork")
+    one = {key: pytest.approx(value, rel=1e-4) if isinstance(value, float) else value
+           for key, value in measure(tmp_path / "cache1").items()}
+    together(tmp_path, 2, measure_together, tmp_path)
     for rank in range(2):
-        assert_close(torch.load(tmp_path / f"metrics{rank}.pt", weights_only=True), one, 1e-4)
+        assert torch.load(tmp_path / f"metrics{rank}.pt", weights_only=True) == one
 
 
 def test_real_images_are_cached_under_their_own_key(tmp_path, monkeypatch):
     first, judged = measure(tmp_path), []
     monkeypatch.setattr("evaluation.judge", lambda *args: judged.append(args) or judge(*args))
-    assert_close(measure(tmp_path), first, 1e-9)
+    assert measure(tmp_path) == first
     assert len(judged) == 3  # batches of generated images only
     other = measure(tmp_path, features_size=40, diversity_samples=0)
     assert len(judged) == 3 + 6  # another size: the real images are looked at again
-    for metrics, changes in ((first, {}), (other, {"diversity_samples": 0})):
-        names = metric_names(SETTINGS.eval.model_copy(update=changes))
+    for metrics, samples in ((first, 3), (other, 0)):
+        names = metric_names(SETTINGS.eval.model_copy(update={"diversity_samples": samples}))
         measured = {key for key, value in metrics.items() if isinstance(value, float)}
         assert measured == {*names, "kid_stlpips_alex_std", "miou_real", "pixel_accuracy_real"}
         assert [name for name in names if not higher_is_better(name)] == ["fd_stlpips_alex", "kid_stlpips_alex", "color_error"]
@@ -96,7 +92,7 @@ def distances_in_numpy(images):
 
 def test_diversity_in_brightness_color_and_detail_equals_numpy(tmp_path):
     metrics = measure(tmp_path, batch_size=3)
-    assert "rough" not in metrics["protocol"]
+    assert not {"rough", "fill_void"} & metrics["protocol"].keys()
     real = [DATASET[index][0] for index in INDICES]
     between_real = np.mean([distances_in_numpy(pair) for pair in zip(real[:5], real[5:])], axis=0)
     between_samples = []
@@ -113,15 +109,13 @@ def test_rough_label_maps_are_for_the_generator_alone(tmp_path, monkeypatch):
     monkeypatch.setattr("evaluation.judge", lambda images, labels, *more: judged.append(labels) or judge(images, labels, *more))
     spy = lambda label_map, seeds, k: got.append((label_map, seeds, k)) or painted(label_map, seeds, k)
     true = {sample_seed(5, index): DATASET[index][1].long() for index in INDICES}
-    for change, after in (({}, lambda x: x), ({"fill_void": True}, lambda x: fill_void(x, 12))):
-        got.clear(), judged.clear()
-        metrics = measure(tmp_path / str(len(change)), rough="random", generate=spy, **change)
-        assert {"rough": "random", **change}.items() <= metrics["protocol"].items() and {k for *_, k in got} == {0, 1, 2}
-        for maps, seeds, _ in got:
-            assert torch.equal(maps, torch.stack([after(roughen(true[seed], "random", 12, seed)) for seed in seeds]))
-        assert torch.equal(torch.cat(judged[1::2]), torch.stack(list(true.values())))  # in turns with the real images
+    protocol = measure(tmp_path, rough="random", fill_void=True, generate=spy)["protocol"]
+    assert protocol["rough"] == "random" and protocol["fill_void"] and {k for *_, k in got} == {0, 1, 2}
+    for maps, seeds, _ in got:
+        assert torch.equal(maps, torch.stack([fill_void(roughen(true[seed], "random", 12, seed), 12) for seed in seeds]))
+    assert torch.equal(torch.cat(judged[1::2]), torch.stack(list(true.values())))  # in turns with the real images
 
 
-def test_one_image_is_too_few():
+def test_one_image_is_too_few(tmp_path):
     with pytest.raises(UserError, match="eval.num_images is 1, val has 500: distances need at least 2"):
-        build_judges(SETTINGS.eval.model_copy(update={"num_images": 1}), DATASET, "cpu")
+        measure(tmp_path, num_images=1)

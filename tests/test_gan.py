@@ -1,3 +1,5 @@
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -19,37 +21,25 @@ def batch(count: int) -> tuple[torch.Tensor, torch.Tensor]:
     return tuple(torch.stack(column) for column in zip(*(dataset[i] for i in range(count))))
 
 
-def test_overfits_one_batch():
-    """Trained on two scenes alone, the generator comes to paint them: per-pixel error well below that of class means."""
-    gan = trainer_of({**TINY, "backbone": SMALL, "loss": {"diversity": 0, "contrastive": 0, "perceptual": 10.0},
-                      "train": {"batch_size": 2, "lr_generator": 6e-3, "lr_discriminator": 2e-3, "ema": 0.9}})
-    image, label_map = batch(2)
-    real = image.float() / 127.5 - 1
-    gan.calibrate([real])
-    error = lambda: (gan.ema(label_map.long(), torch.zeros(2, 8)) - real).abs().mean().item()
-    before = error()
-    distances = [gan.step(image, label_map, step, [0, 1])["g_perceptual"] for step in range(60)]
-    assert distances[-1] < 0.7 * distances[0] and error() < 0.6 * before
-
-
 def test_one_step(monkeypatch):
     """Generator and discriminator learn and the backbone does not; the generator alone gets rough label maps."""
     gan, (image, label_map) = trainer_of({**TINY, "loss": {**TINY["loss"], "rough": 1.0}}), batch(4)
     gan.calibrate([image.float() / 127.5 - 1])
-    inputs, targets, focal_loss = {"generator": [], "backbone": [], "discriminator": []}, [], losses.focal_loss
-    contrasted = []
+    inputs, targets, contrasted = {"generator": [], "backbone": [], "discriminator": []}, [], []
     for name, calls in inputs.items():
         getattr(gan, name).register_forward_hook(lambda _, given, __, calls=calls: calls.append(given[0]))
+    focal_loss = losses.focal_loss
     monkeypatch.setattr(losses, "focal_loss", lambda *given: targets.append(given[1]) or focal_loss(*given))
     gan.contrast.register_forward_hook(lambda _, given, __: contrasted.extend(given))
-    frozen = {k: v.clone() for k, v in gan.backbone.state_dict().items()}
+    frozen = copy.deepcopy(gan.backbone.state_dict())
     before = [p.clone() for p in gan.generator.parameters()]
     gan.step(image, label_map, 0, [0, 1, 2, 3])
     assert [len(calls) for calls in inputs.values()] == [1, 2, 2]  # nothing is computed twice
-    for (name, parameter), old in zip(gan.generator.named_parameters(), before):
-        assert not torch.equal(parameter, old), name
+    for (name, new), old, average in zip(gan.generator.named_parameters(), before, gan.ema.parameters()):
+        assert not torch.equal(new, old), name
+        torch.testing.assert_close(average, 0.1 * old + 0.9 * new)  # at the start an average of few steps
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in gan.d_parameters)
-    assert all(torch.equal(v, frozen[k]) for k, v in gan.backbone.state_dict().items())
+    torch.testing.assert_close(gan.backbone.state_dict(), frozen, rtol=0, atol=0)
     maps = label_map.long()
     assert torch.equal(targets[0], maps[[0, 2, 0, 2]]) and torch.equal(targets[1], maps)  # two samples of every other map
     assert all(not torch.equal(*pair) for pair in zip(inputs["generator"][0], maps[::2]))
@@ -66,9 +56,9 @@ def test_each_loss_falls_along_its_gradient(name):
     image, label_map = batch(4)
     gan.calibrate([image.float() / 127.5 - 1])
     value = lambda: gan.step(image, label_map, 0, [0, 1, 2, 3])[f"g_{name}"].item()
-    before, gradients = value(), [p.grad.clone() for p in gan.generator.parameters()]
-    size = torch.stack(torch._foreach_norm(gradients)).norm().item()
-    torch._foreach_add_([p.data for p in gan.generator.parameters()], gradients, alpha=-0.01 / size)
+    before, size = value(), torch.nn.utils.get_total_norm(p.grad for p in gan.generator.parameters())
+    for parameter in gan.generator.parameters():
+        parameter.data -= 0.01 / size * parameter.grad
     assert value() < before
 
 
@@ -90,11 +80,10 @@ def test_a_step_under_autocast_is_close_to_float32(monkeypatch, changed):
             monkeypatch.setattr(torch, "autocast", lambda kind, dtype=None, enabled=True: BFLOAT16(
                 kind, torch.bfloat16, enabled=dtype is not None or enabled))
         trainer.calibrate([image.float() / 127.5 - 1])
-        values.append(trainer.step(image, label_map, 0, [0, 1]))
-    assert values[0].keys() == values[1].keys() and len(values[0]) >= 3
-    for name, value in values[0].items():
-        assert values[1][name].float() == pytest.approx(value.item(), rel=0.1, abs=0.02), name
-    assert any(values[1][name].float() != value for name, value in values[0].items())
+        values.append({name: value.item() for name, value in trainer.step(image, label_map, 0, [0, 1]).items()})
+    exact, rounded = values
+    assert len(exact) >= 3 and rounded != exact
+    assert rounded == pytest.approx(exact, rel=0.1, abs=0.02)
 
 
 @pytest.mark.slow
@@ -116,9 +105,8 @@ def test_margins_compare_different_images_alone():
     """A last batch of one image has nothing to be compared with; one image in all is an error before the first step."""
     gan, images = trainer_of(TINY), torch.rand(5, 3, 32, 32) * 2 - 1
     gan.calibrate([images[:4], images[4:]])
-    mean = lambda values: sum(values) / len(values)
     brightness = F.interpolate(F.avg_pool2d(images, 8), size=16, mode="bilinear").mean(1).numpy()
-    expected = mean([np.abs(brightness[i] - brightness[(i + 1) % 4]).mean() for i in range(4)])
+    expected = np.mean([np.abs(brightness[i] - brightness[(i + 1) % 4]).mean() for i in range(4)])
     assert gan.margins[0].item() == pytest.approx(gan.loss.diversity_margin[0] * expected, rel=1e-4)
     with pytest.raises(UserError, match="there is one image; add training pairs"):
         gan.calibrate([images[:1]])

@@ -1,20 +1,14 @@
 import numpy as np
+import pytest
 import torch
+from scipy.special import softmax
 
 import losses
 
 
-def softmax(x, axis):
-    e = np.exp(x - x.max(axis, keepdims=True))
-    return e / e.sum(axis, keepdims=True)
-
-
 def numpy_focal(logits, target, weights, gamma):
-    p = softmax(logits.astype(np.float64), 1)
-    total = 0.0
-    for (b, h, w), t in np.ndenumerate(target):
-        total -= weights[t] * (1 - p[b, t, h, w]) ** gamma * np.log(p[b, t, h, w])
-    return total / target.size
+    p = np.take_along_axis(softmax(logits, 1), target[:, None], 1)[:, 0]
+    return np.mean(-weights[target] * (1 - p) ** gamma * np.log(p))
 
 
 def test_focal_loss_equals_its_formula():
@@ -41,9 +35,8 @@ def test_two_by_two_label_map_by_hand():
 
 
 def test_contrastive_loss_equals_its_formula():
-    torch.manual_seed(0)
     loss = losses.PatchContrast([5], num_patches=12, temperature=0.3)
-    fake, real = torch.randn(2, 5, 3, 4), torch.randn(2, 5, 3, 4)
+    fake, real = torch.randn(2, 2, 5, 3, 4)
     ours = loss([fake], [real], torch.Generator().manual_seed(0)).item()
     with torch.no_grad():
         f, r = (loss.heads[0](x.flatten(2).transpose(1, 2)).numpy().astype(np.float64) for x in (fake, real))
@@ -67,16 +60,16 @@ def test_diversity_loss_is_a_hinge_inside_the_region():
     region = torch.ones(2, 16, 16, dtype=torch.bool)
     loss = lambda difference, region=region: losses.diversity_loss(image1, image1 + difference, region, margins).item()
     assert np.isclose(loss(0.1), (0.5 + 1 + 1) / 3, atol=1e-3)  # half the margin in brightness, nothing in the other views
-    assert np.isclose(loss(0.5), (0 + 1 + 1) / 3, atol=1e-3)  # beyond the margin: no further pull
     one_of_two = torch.tensor([0.1, 0.0]).view(2, 1, 1, 1)
     assert np.isclose(loss(one_of_two), (0.75 + 1 + 1) / 3, atol=1e-3)  # the mean over the batch counts
-    assert np.isclose(loss(5 * one_of_two), (0 + 1 + 1) / 3, atol=1e-3)
-    assert loss(0.1, region & False) == 0
-    left = region.clone()
-    left[:, :, 8:] = False
-    changed = torch.zeros_like(image1)
+    assert np.isclose(loss(5 * one_of_two), (0 + 1 + 1) / 3, atol=1e-3)  # beyond the margin: no further pull
+    first = region & torch.tensor([True, False]).view(2, 1, 1)
+    assert np.isclose(loss(0.1, first), (0.5 + 1 + 1) / 3 / 2, atol=1e-3)  # an image without a region does not count
+
+
+def test_locality_loss_is_the_change_outside_by_that_inside():
+    left = (torch.arange(16) < 8).expand(1, 16, 16)
+    image, changed = torch.zeros(1, 3, 16, 16), torch.full((1, 3, 16, 16), 0.1)
     changed[..., :8] = 0.3
-    assert losses.locality_loss(image1, changed, left) == 0
-    assert losses.locality_loss(image1, changed, torch.ones_like(left)) == 0
-    changed[..., 8:] = 0.1
-    assert torch.isclose(losses.locality_loss(image1, changed, left), torch.tensor(0.1 / 0.32))
+    assert losses.locality_loss(image, changed, left).item() == pytest.approx(0.1 / (0.3 + 0.02))
+    assert losses.locality_loss(image, changed, left | True) == 0  # nothing is outside
