@@ -1,10 +1,11 @@
-"""What a long run meets: kills, full disks, restarts. `-m slow` has the same at length."""
+"""What a long run meets: kills, full disks, restarts, several nodes. `-m slow` has the same at length."""
 
 import json
 import os
 import random
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -142,25 +143,41 @@ def test_a_thousand_steps_grow_nothing(train, tiny_config, tmp_path):
     assert peaks[999] <= 1.03 * peaks[499]
 
 
+def torchrun(folder: Path, *arguments) -> subprocess.Popen:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", *map(str, arguments)]
+    return subprocess.Popen(launch, cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, text=True)
+
+
 @pytest.mark.slow
-def test_elastic_restart(call, tiny_config, tmp_path):
-    """A killed training process restarts the group from the last checkpoint; the run ends with the right number of steps.
-    Its evaluation, of three images for four processes, is that of one process."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=4", "--max-restarts=3"]
-    training = [ROOT / "train.py", "--config", tiny_config, "train.steps=12", "train.save_every=1", "eval.num_images=3"]
-    agent = subprocess.Popen([*launch, *training, "--resume"], cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"},
-                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    run = tmp_path / "runs/tiny"
-    wait_for(lambda: len(read_records(run / "log.jsonl")) >= 3 or agent.poll() is not None, 300)
-    os.kill(int(children(agent.pid)[-1]), signal.SIGKILL)
-    output, _ = agent.communicate(timeout=600)
-    assert agent.returncode == 0, output
-    assert step_of(run / "checkpoints/latest.pt") == 12
-    assert [record["step"] for record in read_records(run / "log.jsonl")] == list(range(1, 13))
-    [logged] = read_records(run / "metrics.jsonl")
-    call("evaluate.py", "--checkpoint", run / "checkpoints/latest.pt")
+def test_two_nodes(call, tiny_config, tmp_path):
+    """Two processes on each, with the rendezvous of production: their evaluation, of three images, is that of one process."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        meet = ["--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{probe.getsockname()[1]}", "--rdzv-id=job"]
+    training = [ROOT / "train.py", "--config", tiny_config, "train.steps=3", "eval.num_images=3"]
+    for node in [torchrun(tmp_path, "--nnodes=2", *meet, *training) for _ in range(2)]:
+        output, _ = node.communicate(timeout=600)
+        assert node.returncode == 0, output
+    [logged] = read_records(tmp_path / "runs/tiny/metrics.jsonl")
+    call("evaluate.py", "--checkpoint", "runs/tiny/checkpoints/latest.pt")
     alone = json.loads((tmp_path / "metrics.json").read_text())
-    assert logged["num_images"] == alone["num_images"] == 3
+    assert logged["step"] == logged["num_images"] == alone["num_images"] == 3
     for name in alone:
         if isinstance(alone[name], float):
             assert logged[name] == pytest.approx(alone[name], rel=1e-4), name
+
+
+@pytest.mark.slow
+def test_elastic_restart(tiny_config, tmp_path):
+    """A killed training process restarts the group from the last checkpoint; the run ends with the right number of steps."""
+    agent = torchrun(tmp_path, "--standalone", "--max-restarts=3", ROOT / "train.py", "--config", tiny_config, "train.steps=12",
+                     "train.save_every=1", "--resume")
+    log = tmp_path / "runs/tiny/log.jsonl"
+    wait_for(lambda: len(read_records(log)) >= 3 or agent.poll() is not None, 300)
+    os.kill(int(children(agent.pid)[-1]), signal.SIGKILL)
+    output, _ = agent.communicate(timeout=600)
+    assert agent.returncode == 0, output
+    assert step_of(tmp_path / "runs/tiny/checkpoints/latest.pt") == 12
+    assert [record["step"] for record in read_records(log)] == list(range(1, 13))
+    assert len(read_records(tmp_path / "runs/tiny/metrics.jsonl")) == 1
