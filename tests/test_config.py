@@ -5,38 +5,31 @@ import pytest
 from conftest import ROOT
 
 import models
-from config import Settings, UserError, check_settings, load_settings, run_script
+from config import Settings, check_settings, load_settings, run_script
 
 
 @pytest.mark.parametrize("overrides, named", [
     (["train.step=5"], ["train.step", "train.steps"]),
     (["trian.steps=5"], ["trian", "train"]),
-    (["train.steps=many"], ["train.steps", "many", "integer"]),
-    (["data.size=[64]"], ["data.size", "64"]),
+    (["train.steps=" + "many" * 1000], ["train.steps", "many", "integer"]),
+    (["train.steps=0"], ["train.steps is 0; "]),
+    (["train.betas=[a, 0.9]"], ["train.betas is ['a', 0.9]; "]),
+    (["data.load_scale=.inf"], ["data.load_scale is inf; "]),
     (["data.size=[30, 32]"], ["data.size", "multiples of 4"]),
-    (["data.name=folder"], ["data."]),
     (["generator.channel=3"], ["generator.channel", "generator.channels"]),
     (["discriminator={name: oasis, channels: 2}"], ["both must be multiples of 64 for this discriminator"]),
     (["backbone.name=resnet5000"], ["resnet5000"]),
     (["backbone.weights=nowhere.pth"], ["nowhere.pth"]),
+    (["backbone.input_scale=0.01"], ["backbone.input_scale is 0.01; "]),
     (["init_from=nowhere.pt"], ["nowhere.pt"]),
     (["eval.metric=fdd"], ["eval.metric", "fdd"]),
-    (["train.batch_size=3", "train.accumulation=2"], ["train.batch_size", "3"]),
-])
+    (["train.batch_size=3", "train.accumulation=2"], ["train.batch_size", "3"])])
 def test_bad_configuration_is_one_line_before_training(train, tiny_config, tmp_path, overrides, named):
     with pytest.raises(ValueError) as error:
         train(tiny_config, *overrides)
     line = str(error.value)
-    assert all(part in line for part in named) and "\n" not in line, line
+    assert all(part in line for part in named) and "\n" not in line and len(line) < 1000, line
     assert not (tmp_path / "runs").exists()
-
-
-@pytest.mark.parametrize("section, key, value", [
-    ("train", "steps", 0), ("train", "betas", ["a", 0.9]), ("train", "betas", [0, 1]), ("eval", "num_images", -5),
-    ("backbone", "input_scale", 0.01), ("data", "load_scale", float("inf")), ("loss", "diversity_margin", ["a", "b", "c"])])
-def test_values_that_cannot_work_are_refused(section, key, value):
-    with pytest.raises(UserError, match=rf"^mine.yaml: {section}\.{key} is .*; "):
-        check_settings({section: {key: value}}, "mine.yaml")
 
 
 def test_a_file_says_the_same_in_either_way(tmp_path):
@@ -51,13 +44,9 @@ def test_a_file_says_the_same_in_either_way(tmp_path):
     assert check_settings(given.model_dump(mode="json"), "again") == given
 
 
-def test_the_schema_is_the_settings_and_covers_every_file(call, capsys):
-    """Each key of each recipe is in the schema that editors check it against."""
+def test_the_schema_is_of_these_settings_and_every_file_keeps_to_them(call, capsys):
     call("config.py")
-    schema = json.loads(capsys.readouterr().out)
-    assert schema == json.loads((ROOT / "config.schema.json").read_text()) == json.loads(json.dumps(Settings.model_json_schema()))
-    steps = schema["$defs"]["TrainSettings"]["properties"]["steps"]
-    assert steps["default"] == 600 and steps["minimum"] == 1 and "steps in all" in steps["description"]
+    assert json.loads(capsys.readouterr().out) == json.loads((ROOT / "config.schema.json").read_text())
     for path in [ROOT / "config.yaml", *ROOT.glob("configs/*.yaml")]:
         if "\nrows:" not in path.read_text():
             load_settings(path)

@@ -1,5 +1,7 @@
 """The commands of data.py."""
 
+import os
+
 import numpy as np
 import pytest
 import yaml
@@ -16,26 +18,22 @@ def config_file(tmp_path, **changes):
     return path
 
 
-def test_check_passes(tmp_path, call, capsys):
-    tree(tmp_path, ids(0, 1, 1, 3))
-    call("data.py", "check", "--config", config_file(tmp_path, void=3))
+def test_check_counts_pixels_and_names_every_problem(tmp_path, call, capsys):
+    tree(tmp_path, ids(0, 1, 1, 3), stems="abcdef")
+    arguments = "data.py", "check", "--config", config_file(tmp_path, void=3)
+    call(*arguments)
     report = capsys.readouterr().out
-    assert "train: 2 pairs" in report and "8 x 6 (2)" in report and "ready" in report
+    assert "train: 6 pairs" in report and "8 x 6 (6)" in report and "ready" in report
     assert "  0   93.750%  class 0" in report and "  1    4.167%" in report and "  3    2.083%  void" in report
     assert "1 of 3 classes have no pixel" in report
-
-
-def test_check_names_every_problem(tmp_path, call, capsys):
-    tree(tmp_path, ids(0), stems="abcdef")
     put(tmp_path / "train/labels/a.png", ids(0, 255))
-    broken = tmp_path / "train/images/d.jpg"
-    broken.write_bytes(broken.read_bytes()[:300])
+    os.truncate(tmp_path / "train/images/d.jpg", 300)
     (tmp_path / "train/images/e.jpg").unlink()
     with pytest.raises(SystemExit, match="^error: this data set cannot be trained on"):
-        call("data.py", "check", "--config", config_file(tmp_path))
-    out = capsys.readouterr().out
-    assert "train: 5 pairs; 3 files cannot be used" in out and "val: 6 pairs; 0 files" in out
-    assert "a.png: id 255, as in a 0/255" in out and "d.jpg: damaged" in out and "e.png: no image" in out
+        call(*arguments)
+    report = capsys.readouterr().out
+    assert "train: 5 pairs; 3 files cannot be used" in report and "val: 6 pairs; 0 files" in report
+    assert "a.png: id 255, as in a 0/255" in report and "d.jpg: damaged" in report and "e.png: no image" in report
 
 
 def test_export_spells_labels_as_the_data_set_does(tmp_path, call):

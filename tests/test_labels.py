@@ -1,13 +1,17 @@
 """Label files: ids, colors, masks, class tables, and what is wrong with them."""
 
+import itertools
+
 import numpy as np
 import pytest
 from PIL import Image
-from test_dataset import COLORS, ids, settings, tree
+from test_dataset import RGB, ids, settings, tree
 
 from config import UserError
 from dataset import build_dataset
 from labels import UNKNOWN, label_format, read_class_table
+
+COLORS = [[255, 0, 0], [0, 255, 0], [7, 7, 7]]
 
 
 @pytest.mark.parametrize("name, bad", [("ade20k", 151), ("coco_stuff", 182), ("cityscapes", 34), ("celebamask_hq", 19)])
@@ -32,48 +36,38 @@ def test_folder_ids(tmp_path, changes, file_ids, classes):
     assert np.array_equal(dataset.form.ids[dataset.form.encode(everything)], everything)
 
 
-def palette_picture(label):
-    picture = Image.frombytes("P", (8, 6), label.tobytes())
-    picture.putpalette([9, 9, 9, 200, 0, 0, 0, 200, 0])
-    return picture
-
-
-@pytest.mark.parametrize("make", [
-    palette_picture,
-    lambda label: np.repeat(label[..., None], 3, 2),  # gray saved as RGB
-    lambda label: Image.merge("LA", [Image.fromarray(label)] * 2),
-    lambda label: label.astype(np.uint16)])
-def test_ids_in_any_gray_mode(tmp_path, make):
-    tree(tmp_path, make(ids(0, 1, 2)))
+@pytest.mark.parametrize("mode", ["P", "RGB", "LA", "I;16"])
+def test_ids_in_any_gray_mode(tmp_path, mode):
+    picture = Image.fromarray(ids(0, 1, 2)).convert(mode)
+    if mode == "P":
+        picture.putpalette([9, 9, 9, 200, 0, 0, 0, 200, 0])  # which means nothing
+    tree(tmp_path, picture)
     assert np.array_equal(build_dataset(settings(tmp_path), "train")[0][1], ids(0, 1, 2))
 
 
-@pytest.mark.parametrize("void, bad", [(None, 3), (255, 256), (None, 1000), (999, 65535)])
-def test_ids_that_are_too_large(tmp_path, void, bad):
-    tree(tmp_path, ids(0, bad))
-    with pytest.raises(UserError, match=rf"train/labels/a.png: id {bad} is none of the ids \[0, 1, 2"):
-        build_dataset(settings(tmp_path, void=void), "train")[0]
+@pytest.mark.parametrize("changes, label, message", [
+    ({}, ids(0, 3), r"id 3 is none of the ids \[0, 1, 2"), ({}, ids(0, 1000), r"id 1000 is none of the ids \[0, 1, 2"),
+    ({"void": 999}, ids(0, 65535), r"id 65535 is none of the ids \[0, 1, 2, 999\]"),
+    ({}, ids(0, 255), r"id 255, as in a 0/255 mask; set data.classes=2 and data.palette="),
+    ({}, RGB, "RGB colors .*set data.palette"), ({"palette": COLORS}, RGB, r"color \[.*\] is not in the palette")])
+def test_values_that_mean_nothing(tmp_path, changes, label, message):
+    tree(tmp_path, label)
+    with pytest.raises(UserError, match=f"^[^\n]*train/labels/a.png: {message}[^\n]*$"):
+        build_dataset(settings(tmp_path, **changes), "train")[0]
 
 
-@pytest.mark.parametrize("palette, void_color", [(COLORS, [0, 0, 0]), (COLORS + [[255, 255, 255]], [255, 255, 255])])
-@pytest.mark.parametrize("alpha", [False, True])
-def test_rgb_labels(tmp_path, palette, void_color, alpha):
-    picture = np.array(COLORS + [void_color], np.uint8)[ids(2, 0, 1, 3)]
-    tree(tmp_path, np.dstack([picture, np.full((6, 8), 255, np.uint8)]) if alpha else picture)
-    dataset = build_dataset(settings(tmp_path, palette=palette), "train")
-    assert np.array_equal(dataset[0][1], ids(2, 0, 1, 3))
-    assert np.array_equal(dataset.palette[dataset[0][1]], picture)
-
-
-@pytest.mark.parametrize("make", [lambda mask: mask * 255, lambda mask: Image.fromarray(mask * 255).convert("1"),
-                                  lambda mask: np.repeat(mask[..., None] * 255, 3, 2)])
-@pytest.mark.parametrize("palette", [[[0, 0, 0], [255, 255, 255]], [[255, 255, 255], [0, 0, 0]]])
-def test_masks(tmp_path, make, palette):
-    tree(tmp_path, make(ids(1, 0).astype(np.uint8)))
-    dataset = build_dataset(settings(tmp_path, classes=2, palette=palette), "train")
-    white = palette.index([255, 255, 255])
-    assert np.array_equal(dataset[0][1], np.where(ids(1, 0) == 1, white, 1 - white))
-    assert np.array_equal(dataset.form.encode(dataset[0][1].numpy()), ids(1, 0) * 255)
+@pytest.mark.parametrize("palette, mode", [
+    (COLORS, "RGB"), (COLORS, "RGBA"), (COLORS + [[255, 255, 255]], "RGB"),
+    *itertools.product(([[0, 0, 0], [255, 255, 255]], [[255, 255, 255], [0, 0, 0]]), ("RGB", "L", "1"))])
+def test_colors(tmp_path, palette, mode):
+    """Void is black or has the last color; files of gray colors, such as masks, have any mode."""
+    classes = min(len(palette), 3)
+    label = ids(2, 0, 1, 3) if classes == 3 else ids(1, 0)
+    picture = np.array([*palette, [0, 0, 0]], np.uint8)[label]
+    tree(tmp_path, Image.fromarray(picture).convert(mode))
+    dataset = build_dataset(settings(tmp_path, classes=classes, palette=palette), "train")
+    assert np.array_equal(dataset[0][1], label) and np.array_equal(dataset.palette[label], picture)
+    assert classes == 3 or np.array_equal(dataset.form.encode(label), picture[..., 0])
 
 
 @pytest.mark.parametrize("dog", [20, 300, 65535])  # the last two need 16 bits
@@ -96,8 +90,7 @@ def test_default_palette_is_the_voc_map():
 @pytest.mark.parametrize("changes, message", [
     ({"classes": None}, "data.classes: 0 classes; give 1 to 254"), ({"classes": 255}, "255 classes"),
     ({"classes": ["a", "a"]}, "a is there twice"), ({"classes": "none.csv"}, "none.csv: .*a class table is"),
-    ({"void": 65536}, "data.void is 65536"), ({"palette": [[0, 0, 0]]}, "data.palette: 1 colors for 3 classes"),
-    ({"palette": [[0, 0, 0], [0, 0, 1], [0, 0, 256]]}, "data.palette is")])
+    ({"palette": [[0, 0, 0]]}, "data.palette: 1 colors for 3 classes")])
 def test_setting_errors(changes, message):
     with pytest.raises(UserError, match=message):
         label_format(settings("", **changes))
