@@ -140,7 +140,7 @@ def decode_label(image: Image.Image, path: str | Path, form: LabelFormat) -> np.
     first class that has a color wins; or, where its channels are equal and no color of the palette, ids.
     Raises UserError naming the file, the value and the remedy.
     """
-    if image.mode == "LA" or image.mode == "1" and form.gray:
+    if image.mode == "1" and form.gray:
         image = image.convert("L")
     colored = len(image.getbands()) > 1 or image.mode == "L" and form.gray
     values = np.asarray(image.convert("RGB") if colored else image)
@@ -167,9 +167,9 @@ def decode_label(image: Image.Image, path: str | Path, form: LabelFormat) -> np.
     if bad[0] == 255 and np.isin(values, (0, 255)).all():
         raise UserError(f"{path}: id 255, as in a 0/255 mask; set data.classes=2 and "
                         "data.palette=[[0,0,0],[255,255,255]], or data.void=255 if 255 means unlabelled")
-    known = np.flatnonzero(form.ids != UNKNOWN)
-    raise UserError(f"{path}: id {bad[0]} is none of the ids of {form.num_classes} classes, {known[0]} to {known[-1]}; mend "
-                    "the file, raise data.classes, or set data.void to the id of unlabelled pixels")
+    known = np.flatnonzero(form.ids < form.num_classes)
+    raise UserError(f"{path}: id {bad[0]} is none of the ids of {form.num_classes} classes, {known[0]} to {known[-1]}, nor "
+                    "void; mend the file, raise data.classes, or set data.void to the id of unlabelled pixels")
 
 
 def read_label_file(path: str | Path, num_classes: int, palette, ids, content: bytes | None = None) -> np.ndarray:

@@ -53,6 +53,6 @@ def test_show_draws_pairs_and_legend(tmp_path, call):
     tree(tmp_path, ids(0, 1, 2))
     out = tmp_path / "new/sheet.png"
     call("data.py", "show", "--config", config_file(tmp_path, classes=["cat", "dog", "cow"]), "--out", out, "--count", 2)
-    sheet = np.asarray(Image.open(out))
+    sheet = np.asarray(Image.open(out).convert("RGB"))
     for color in label_format(settings("", classes=3)).palette:
         assert (sheet == color).all(-1).any()

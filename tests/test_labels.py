@@ -46,8 +46,8 @@ def test_ids_in_any_gray_mode(tmp_path, mode):
 
 
 @pytest.mark.parametrize("changes, label, message", [
-    ({}, ids(0, 3), r"id 3 is none of the ids \[0, 1, 2"), ({}, ids(0, 1000), r"id 1000 is none of the ids \[0, 1, 2"),
-    ({"void": 999}, ids(0, 65535), r"id 65535 is none of the ids \[0, 1, 2, 999\]"),
+    ({}, ids(0, 3), "id 3 is none of the ids of 3 classes, 0 to 2, nor void"), ({}, ids(0, 1000), "id 1000 is none of"),
+    ({"void": 999}, ids(0, 65535), "id 65535 is none of the ids of 3 classes, 0 to 2, nor void"),
     ({}, ids(0, 255), r"id 255, as in a 0/255 mask; set data.classes=2 and data.palette="),
     ({}, RGB, "RGB colors .*set data.palette"), ({"palette": COLORS}, RGB, r"color \[.*\] is not in the palette")])
 def test_values_that_mean_nothing(tmp_path, changes, label, message):
