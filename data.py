@@ -60,7 +60,7 @@ def show(data: DataSettings, arguments: argparse.Namespace) -> None:
     indices = evenly_spaced(len(dataset), arguments.count)
     colors, names = torch.from_numpy(dataset.palette), [*dataset.class_names, "void"]
     pairs = [torch.cat([image, colors[label.int()].permute(2, 0, 1)], 2) for image, label, *_ in (dataset[i] for i in indices)]
-    grid = make_grid(pairs, max(1, 512 // dataset.size[1]), padding=8, pad_value=255).permute(1, 2, 0)
+    grid = make_grid(pairs, max(1, 512 // dataset.size[1]), padding=8, pad_value=255).permute(1, 2, 0).numpy()
     figure = Figure(figsize=(16, 16 * grid.shape[0] / grid.shape[1] + 0.03 * len(names) + 0.5), layout="constrained")
     panel = figure.subplots()
     panel.imshow(grid, interpolation="nearest")
