@@ -45,6 +45,8 @@ def load_timm(name: str, pretrained: bool = True, weights: str | None = None, an
     """
     if ":" not in name and not timm.is_model(name.split(".")[0]):
         raise ValueError(f"backbone.name is {name!r}: timm has no such network; timm.list_models() lists them")
+    if weights and not pretrained:
+        raise ValueError(f"backbone.pretrained is false, and backbone.weights is {weights}; choose one of them")
     module, locator = PACKAGED_WEIGHTS.get(name.split(".")[0], (None, None))
     packaged = pretrained and not weights and module and importlib.util.find_spec(module)
     if weights and not Path(weights).is_file():

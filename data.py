@@ -102,6 +102,8 @@ def main() -> None:
             command.add_argument("--out", type=Path, required=True)
         command.add_argument("overrides", nargs="*", metavar="key.path=value")
     arguments = parser.parse_args()
+    if arguments.function is show and arguments.out.suffix.lower() != ".png":
+        raise UserError(f"--out {arguments.out}: name a .png file")
     if arguments.function is not check and arguments.out.exists():
         raise UserError(f"{arguments.out} exists; remove it or choose another --out")
     arguments.function(load_settings(arguments.config, arguments.overrides).data, arguments)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image
 from tqdm.contrib.concurrent import thread_map
 
 import scenes
@@ -27,6 +27,7 @@ from labels import decode_label, label_format, open_image
 SPLITS = ("train", "val")
 EXAMPLES = 24  # label maps that the painting page offers to start from
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
+TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # EXIF orientation -> PIL.Image.Transpose that makes it upright
 
 
 @dataclass(frozen=True)
@@ -82,9 +83,11 @@ def read_image(path: str | Path, size: tuple[int, int] | None = None) -> np.ndar
 
 def _decode_image(image: Image.Image, size: tuple[int, int] | None, *crop) -> tuple[tuple[int, int], np.ndarray]:
     """Upright (width, height) of an open image; and its pixels, or those of a crop (see `_crop_box`), at `size`."""
+    orientation = 1
     with suppress(Exception):  # Pillow raises many kinds of errors on damaged EXIF; viewers pass over it
-        if "exif" in image.info and image.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # Pillow itself turns TIFF
-            image = ImageOps.exif_transpose(image)
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1) if "exif" in image.info else 1  # not of TIFF
+    if orientation in TURNS:  # ImageOps.exif_transpose also writes EXIF anew, which stops where it is damaged
+        image = image.transpose(TURNS[orientation])
     width, height = image.size
     size, box = size or (height, width), _crop_box(width, height, *crop)
     # JPEG decodes to 1/2, 1/4 or 1/8 at a fraction of the work; twice what is asked is left to the filter.

@@ -29,8 +29,8 @@ SYSTEMS = {
     "sdm": "systems:SDM",
 }
 DISCRIMINATORS = {"backbone": Discriminator, "oasis": OASISDiscriminator}
-# What the painting page offers: factors of the noise, beside the model's; pictures from one noise to another.
-TRUNCATIONS, WALK = (0.5, 0.7, 1.0, 1.3, 1.7, 2.2), 21
+TRUNCATIONS = 0.5, 0.7, 1.0, 1.3, 1.7, 2.2  # factors of the noise that the painting page offers, beside the model's
+WALK = 21  # pictures from one noise to another on that page
 
 
 def system_for(settings: Settings, num_classes: int) -> System:

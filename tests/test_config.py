@@ -20,6 +20,7 @@ from config import Settings, check_settings, load_settings, run_script
     (["discriminator={name: oasis, channels: 2}"], ["both must be multiples of 64 for this discriminator"]),
     (["backbone.name=resnet5000"], ["resnet5000"]),
     (["backbone.weights=nowhere.pth"], ["nowhere.pth"]),
+    (["backbone.pretrained=false", "backbone.weights=nowhere.pth"], ["backbone.pretrained is false", "choose one"]),
     (["backbone.input_scale=0.01"], ["backbone.input_scale is 0.01; "]),
     (["init_from=nowhere.pt"], ["nowhere.pt"]),
     (["eval.metric=fdd"], ["eval.metric", "fdd"]),

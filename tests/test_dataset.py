@@ -93,6 +93,17 @@ def test_exif_turns_images_upright(tmp_path, suffix, orientation):
     assert np.abs(read_image(path, (10, 20)) - np.asarray(small, float)).mean() < 1
 
 
+def test_exif_that_is_damaged_behind_the_orientation_turns_too(tmp_path):
+    """A letter where the error of the position belongs, at which ImageOps.exif_transpose stops."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation], exif.get_ifd(ExifTags.IFD.GPSInfo)[ExifTags.GPS.GPSLatitudeRef] = 6, "N"
+    damaged = exif.tobytes().replace(b"\x00\x01\x00\x02", b"\x00\x1f\x00\x02")  # tag and type of the entry
+    path = put(tmp_path / "a.jpg", smooth_picture(80, 120), exif=damaged)
+    with pytest.raises(TypeError):
+        ImageOps.exif_transpose(Image.open(path))
+    assert read_image(path).shape == (120, 80, 3)
+
+
 def test_sub_folders_and_suffixes(tmp_path):
     for name in ("ulm/1.webp", "ulm/2.JPEG", "bonn/old/1.bmp", "3.png"):
         image = put(tmp_path / "train/images" / name, RGB)
