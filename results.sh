@@ -143,11 +143,7 @@ section_8() {  # goes on from the runs of section 3
         --out results/8/$kind/${checkpoint%%/*}.json
     done
   done
-  python train.py --config configs/camvid.yaml name=camvid_long train.batch_size=4 train.steps=6000 --resume &
-  python train.py --config configs/camvid.yaml name=camvid_contrast train.batch_size=4 train.steps=4000 loss.contrastive=3 \
-    loss.contrastive_scales=3 --resume
-  wait $!
-  python compare.py runs/camvid_long runs/camvid_contrast --out results/8/small
+  python compare.py --run configs/few_images.yaml --out results/8/few_images
 }
 
 for section in ${*:-1 2 3 4 5 6 7 8}; do

@@ -220,5 +220,5 @@ def test_the_comparisons_of_the_results_are_files(tmp_path, monkeypatch):
     for name in ("config.yaml", "configs"):
         (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)  # where there are no runs
-    for name, runs in (("ablation", 28), ("quickstart", 6), ("systems", 6)):
+    for name, runs in (("ablation", 28), ("quickstart", 8), ("systems", 6), ("few_images", 6)):
         assert len(compare.plan_ablation(Path(f"configs/{name}.yaml"))[1]) == runs
