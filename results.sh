@@ -19,7 +19,7 @@ clone() {  # OWNER/NAME
   [ -e "official/${1#*/}" ] || git clone "https://github.com/$1" "official/${1#*/}"
 }
 
-section_1() {  # quick start, each class in its mean color
+section_1() {  # quick start, each class in its mean color, real images of other scenes
   python compare.py --run configs/quickstart.yaml --out results/1
   for split in train val; do
     [ -e "results/1/$split" ] || python data.py export --config config.yaml --split $split --count 256 --out "results/1/$split"
@@ -32,12 +32,16 @@ read = lambda kind, split: {path.name: np.asarray(Image.open(path)) for path in 
 images, labels, maps = read("images", "train"), read("labels", "train"), read("labels", "val")
 pixels, ids = (np.concatenate([array[name].reshape(-1, *array[name].shape[2:]) for name in images]) for array in (images, labels))
 colors = np.stack([pixels[ids == i].mean(0) if (ids == i).any() else pixels.mean(0) for i in range(256)])
-Path("results/1/painted").mkdir(exist_ok=True)
-for name, label in maps.items():
+for folder in ("painted", "other"):
+    Path(f"results/1/{folder}").mkdir(exist_ok=True)
+for (name, label), image in zip(maps.items(), images.values()):
     Image.fromarray(colors[label].round().astype(np.uint8)).save(f"results/1/painted/{name}")
+    Image.fromarray(image).save(f"results/1/other/{name}")
 END
-  once 1/painted.txt python evaluate.py --images results/1/painted --labels results/1/val/labels --real results/1/val/images \
-    --config config.yaml --out results/1/painted.json
+  for images in painted other; do
+    once 1/$images.txt python evaluate.py --images results/1/$images --labels results/1/val/labels --real results/1/val/images \
+      --config config.yaml --out results/1/$images.json
+  done
   once 1/samples.txt python sample.py --labels results/1/val/labels --out results/1/samples \
     --checkpoint runs/quickstart_quick_start_0/checkpoints/latest.pt
   once 1/spectrum.txt python - <<'END'
