@@ -95,7 +95,7 @@ def newest_checkpoint() -> Path:
     found = sorted(Path("runs").glob("*/checkpoints/latest.pt"), key=lambda path: path.stat().st_mtime)
     if not found:
         raise UserError("runs/*/checkpoints/latest.pt: none here; torchrun --standalone train.py --config config.yaml makes "
-                        "one in about eleven minutes, or name one with --checkpoint")
+                        "one in about ten minutes, or name one with --checkpoint")
     return found[-1]
 
 

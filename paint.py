@@ -54,7 +54,7 @@ class Studio:
         psi = system.settings.eval.truncation
         offered = {"truncation": [psi, *TRUNCATIONS],  # the first of each is the default
                    "steps": [min(QUICK_STEPS, given.steps), 10, 20, 50, 100, 250, 1000],
-                   "guidance": [given.guidance, *((1.0, 1.5, 2.0, 3.0) if given.drop_labels else ())]}
+                   "guidance": [given.guidance, *((1.0, 1.5, 2.0, 3.0, 5.0) if given.drop_labels else ())]}
         self.choices = {key: list(dict.fromkeys(map(str, offered[key]))) for key in offered if key in system.options}
         self.newest: dict[str, object] = {}  # page -> a mark of the picture that it waits for
         self.drawn = "", None                # page and mark of the picture that is being drawn

@@ -220,7 +220,7 @@ def _car(canvas: Canvas, plan: np.random.Generator, area, u, up, pixel: float):
     lacquer = np.array(look.choice(LACQUERS)) * look.uniform(0.8, 1.1)
     yield 0.24 - np.sqrt((across - 0.62 * half) ** 2 + (up - 0.2) ** 2), canvas.lit((.06, .06, .06)), CAR  # wheels
     yield np.maximum(body, top), canvas.lit(lacquer, 0.6 + 0.6 * up), CAR
-    yield np.minimum(top - 0.09, up - 0.58), canvas.lit((.2, .25, .3), 0.5 + up), None  # glass
+    yield np.minimum(top - 0.09, up - 0.58), canvas.lit((.2, .25, .3), 0.5 + up), WINDOW
     if frontal:
         yield 0.11 - np.sqrt((across - 0.75 * half) ** 2 + (up - 0.42) ** 2), np.float32(look.choice(LAMPS)), None
 
