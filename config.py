@@ -77,7 +77,7 @@ class DataSettings(Section):
     size: tuple[Count, Count] = key((64, 64), "[height, width] of the images, or one number, in pixels")
     classes: Id | list[Id | str] | str | None = key(None, "folder: a count, names, or a .csv like those in classes/")
     void: Id | None = key(None, "folder: id of unlabelled pixels in the label files", ge=0, le=65535)
-    palette: list[Color] | None = key(None, "folder: one [r, g, b] a class, for label files in colours")
+    palette: list[Color] | None = key(None, "folder: one [r, g, b] for each class, for label files in colors")
     holdout: Share = key(0.0, "share of the training pairs to hold out, by their names, where there is no val folder")
     load_scale: float = key(1.0, "training images are resized to load_scale x size before the random crop", ge=1)
     flip: Flag = key(True, "random horizontal flips in training")
@@ -112,7 +112,7 @@ class DiscriminatorSettings(NetworkSettings):
 class BackboneSettings(Section):
     name: str = key("tf_efficientnet_lite0", "any timm network with intermediate features")
     pretrained: Flag = key(True, "false: the same architecture with random weights")
-    weights: str | None = key(None, "local weight file; none: from its package or timm's hub")
+    weights: str | None = key(None, "local weight file; null: from its package or timm's hub")
     conditioning: Literal["both", "normalize", "sigmoid", "none"] = key("both", "of the features, at every scale")
     input_scale: float = key(1.0, "images are resized by this factor before the backbone", gt=0)
 
@@ -124,7 +124,7 @@ class LossSettings(Section):
     contrastive_scales: Count = key(2, "how many of the backbone's coarsest usable scales it sees")
     contrastive_patches: Count = key(64, "patches an image and scale")
     contrastive_temperature: float = key(0.3, "temperature of its softmax")
-    perceptual: float = key(0.0, "weight of an L1 distance between backbone features, an alternative to the former")
+    perceptual: float = key(0.0, "weight of an L1 distance between backbone features, instead of the contrastive loss")
     diversity: float = key(2.0, "weight of the diversity hinge")
     diversity_margin: tuple[Weight, Weight, Weight] = key(
         (0.05, 0.25, 0.85), "required distance in coarse brightness, coarse color, detail, as shares of real images'")
@@ -142,7 +142,7 @@ class DiffusionSettings(Section):
     steps: int = key(1000, "steps of an image in evaluation and sample.py; published: 1000", ge=2, le=1000)
     sheet_steps: int = key(50, "steps of an image in samples/STEP.png", ge=2, le=1000)
     sampler: Literal["ancestral", "ddim"] = key("ancestral", "draws each step anew, or lets the first noise decide")
-    guidance: Weight = key(1.5, "1: the network with the label map; above, away from what it does without")
+    guidance: Weight = key(1.5, "classifier-free guidance; 1: none, above: the image follows the label map more")
     drop_labels: Share = key(0.2, "share of the label maps withheld in training, which guidance rests on")
 
 
@@ -175,14 +175,14 @@ class EvalSettings(Section):
                             "above 1 samples differ more", gt=0)
     fill_void: Flag = key(False, "generators get the nearest label in place of void, as with sample.py --fill-void")
     features: str = key("tf_efficientnet_lite2", "network of the distances: inception, stlpips_vgg or any timm name")
-    features_size: Count | None = key(None, "side in pixels that it sees; none: what it was trained at")
+    features_size: Count | None = key(None, "side in pixels that it sees; null: what it was trained at")
     kid_subsets: Count = key(100, "subsets that KID is averaged over")
     kid_subset_size: Id = key(1000, "images a subset, at most those there are", ge=2)
-    segmenter: str | None = key(None, "file or hf:NAME; none: one is trained on the real training split")
-    segmenter_mapping: list[Id] | None = key(None, "class for each of its ids, -1 for none; none: by name or the same")
+    segmenter: str | None = key(None, "file or hf:NAME; null: one is trained on the real training split")
+    segmenter_mapping: list[Id] | None = key(None, "class for each of its ids, -1 for no class; null: by name or the same")
     segmenter_steps: Count = key(400, "training steps of that one")
     diversity_network: Literal["lpips_alex", "lpips_vgg", "stlpips_alex", "stlpips_vgg"] = key("stlpips_vgg", "its network")
-    diversity_size: Count | None = key(128, "height that samples are resized to for it; none: as they are")
+    diversity_size: Count | None = key(128, "smaller samples are enlarged to this height for it; null: never")
     diversity_maps: Count = key(32, "label maps whose samples are compared")
     diversity_samples: Whole = key(4, "samples a map; all pairs are compared; 0 = no diversity")
 
@@ -275,7 +275,7 @@ def check_settings(given: dict, source: str, model: type[BaseModel] = Settings, 
     if first["type"] in ("extra_forbidden", "invalid_key"):  # the latter is no text, such as 5 or true
         known = type(section.default).model_fields if inside else model.model_fields
         siblings = [prefix + ".".join([*path[:-1], field]) for field in known]
-        near = difflib.get_close_matches(name, siblings, n=1, cutoff=0) or siblings
+        near = [key for key in siblings if key.startswith(name)] or difflib.get_close_matches(name, siblings, 1, 0) or siblings
         raise UserError(f"{source}: unknown key {name}; did you mean {near[0]}?")
     if not path:  # the message of a check of several keys, which names them
         raise UserError(f"{source}: {reason}")

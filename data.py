@@ -3,8 +3,8 @@
     python data.py check  --config configs/camvid.yaml data.root=../camvid       reads every file, counts classes
     python data.py show   --config configs/camvid.yaml --out sheet.png           images, label maps, legend
     python data.py export --config configs/camvid.yaml --split val --count 100 --out exported
-`export` writes exported/images and exported/labels, PNG files at `data.size`; label files are spelled as the data set
-spells them, so that `sample.py --labels` and `evaluate.py --labels` read them like the original ones.
+`export` writes exported/images and exported/labels, PNG files at `data.size`; label files keep the ids or
+colors of the data set, so that `sample.py --labels` and `evaluate.py --labels` read them like the original ones.
 """
 
 import argparse

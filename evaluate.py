@@ -5,8 +5,8 @@
 
 Prints a table and writes JSON that says what was measured. `torchrun --nproc_per_node N evaluate.py ...` shares the
 images over N processes, with the same result. The folders of the second form hold files of the same names: NAME.png, or
-for several samples of a label map NAME_0.png, NAME_1.png ... as sample.py writes them. Label maps are spelled as the
-config's data set spells them. Images must have the config's data.size; real ones and label maps are resized to it.
+for several samples of a label map NAME_0.png, NAME_1.png ... as sample.py writes them. Label maps hold the ids
+or colors of the config's data set. Images must have the config's data.size; real ones and label maps are resized to it.
 """
 
 import argparse
@@ -106,13 +106,13 @@ def table(metrics: dict) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path)
+    parser.add_argument("--checkpoint", type=Path, help="of train.py, or an official one")
     parser.add_argument("--split", choices=("train", "val"), default="val", help="of the checkpoint's data set")
     parser.add_argument("--images", type=Path, help="generated images")
     parser.add_argument("--labels", type=Path, help="the label maps they were made from")
     parser.add_argument("--real", type=Path, help="the real images of those label maps")
     parser.add_argument("--config", type=Path, help="of the data set of --images, or of an official checkpoint")
-    parser.add_argument("--out", type=Path, default=Path("metrics.json"))
+    parser.add_argument("--out", type=Path, default=Path("metrics.json"), help="default: metrics.json")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
     args = parser.parse_intermixed_args()
     if bool(args.checkpoint) == all((args.images, args.labels, args.real, args.config)):

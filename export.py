@@ -107,8 +107,8 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="default: the newest one in runs/")
     parser.add_argument("--config", type=Path, metavar="FILE", help="configuration of an official checkpoint")
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
-    parser.add_argument("--runtime", type=Path, default=Path("package"), metavar="FOLDER")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="a new folder")
+    parser.add_argument("--runtime", type=Path, default=Path("package"), metavar="FOLDER", help="default: package")
     return parser.parse_args()
 
 

@@ -220,8 +220,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="default: the newest one in runs/")
     parser.add_argument("--config", type=Path, metavar="FILE", help="configuration of an official checkpoint")
     parser.add_argument("--labels", type=Path, metavar="DIR", help="label maps to start from")
-    parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1, which this machine alone reaches")
+    parser.add_argument("--port", type=int, default=8000, help="default: 8000")
     parser.add_argument("--no-browser", action="store_true")
     return parser.parse_args()
 

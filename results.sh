@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes the figures of RESULTS.md: ./results.sh [SECTION ...], all of them by default, half a day on two cores by estimate.
-# What is done is passed by, so start it again after a stop. Tables, curves and pictures go to results/SECTION.
-# CamVid is wanted as camvid/{train,val}/{images,labels} here, or as a link to such a folder.
+# Finished parts are skipped, so start it again after a stop. Tables, curves and pictures go to results/SECTION.
+# Put CamVid into camvid/{train,val}/{images,labels}, or make camvid a link to such a folder; see configs/camvid.yaml.
 set -euo pipefail
 cd "$(dirname "$0")"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"

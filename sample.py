@@ -2,8 +2,8 @@
                                       [--resample CLASS] [--interpolate N] [--fill-void] [--config FILE]
                                       [--truncation PSI] [--steps N] [--guidance S] [--instances DIR]
 
-DIR holds label maps as PNG: class ids as the data set that the model was trained on spells them (8-bit L or P), or RGB
-in the model's palette. They may have any size and are resized (nearest) to the size the model was trained at, which is
+DIR holds label maps as PNG: the class ids of the data set that the model was trained on (gray or palette, 8 or 16 bits), or
+RGB in the model's palette. They may have any size and are resized (nearest) to the size the model was trained at, which is
 the size of the images. An image depends on its label map, its name and the seed alone. An official checkpoint of OASIS
 or SDM carries no configuration: name one with --config.
 
@@ -121,12 +121,12 @@ def main(arguments: argparse.Namespace) -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--labels", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--labels", type=Path, required=True, metavar="DIR", help="label maps")
     parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="default: the newest runs/*/checkpoints/latest.pt")
-    parser.add_argument("--out", type=Path, default=Path("samples"), metavar="DIR")
+    parser.add_argument("--out", type=Path, default=Path("samples"), metavar="DIR", help="default: samples")
     parser.add_argument("--num", type=int, default=1, metavar="K", help="samples a label map: NAME_0.png ...")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--grid", action="store_true", help="write grid.png too: a row a label map, its colors and samples")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise; default: 0")
+    parser.add_argument("--grid", action="store_true", help="write grid.png too: a row of colors and samples a label map")
     parser.add_argument("--resample", metavar="CLASS", help="redraw only what this class shows; the rest is as without it")
     parser.add_argument("--interpolate", type=int, default=0, metavar="N",
                         help="N images from one noise to another; with --resample the class is redrawn in each")

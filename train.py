@@ -310,7 +310,7 @@ class Recorder:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default="config.yaml")
+    parser.add_argument("--config", default="config.yaml", help="default: config.yaml")
     parser.add_argument("--resume", action="store_true", help="go on with runs/NAME from its latest checkpoint")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
     arguments = parser.parse_intermixed_args()
