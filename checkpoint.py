@@ -31,7 +31,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # two runs may write the same file of a shared cache
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.unlink(missing_ok=True)  # of a killed process with the same number; it may be a link to another file
+        temporary.unlink(missing_ok=True)  # of a killed process with the same number
         yield temporary
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
@@ -51,12 +51,9 @@ def save_checkpoint(state: dict, path: Path) -> None:
 
 
 def copy_checkpoint(source: Path, path: Path) -> None:
-    """Give the checkpoint `source` a second name, whole or not at all; a link where the disk can. Raises UserError."""
+    """A copy of the checkpoint `source`, whole or not at all; no link, as people write over files. Raises UserError."""
     with whole_file(path) as temporary:
-        try:
-            os.link(source, temporary)
-        except OSError:
-            shutil.copyfile(source, temporary)
+        shutil.copyfile(source, temporary)
 
 
 def label_state(form: LabelFormat) -> dict:

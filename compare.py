@@ -125,7 +125,7 @@ def protocol_of(metric: str, record: dict) -> dict:
     """The part of an evaluation's protocol that a metric rests on; neither the seed nor how the images were made."""
     rests = {"features": metric.startswith(("fid", "fd_", "kid")), "kid": metric.startswith("kid"),
              "segmenter": metric.startswith(("miou", "pixel_accuracy", "class_iou")),
-             "diversity": metric.endswith("_diversity"), "seed": False, "diffusion": False, "truncation": False}
+             "diversity": metric.endswith("_diversity"), "seed": False, "truncation": False}
     return {key: value for key, value in record.items()
             if key.startswith("protocol.") and rests.get(key.split(".")[1], True)}
 

@@ -76,7 +76,7 @@ class DataSettings(Section):
     root: str | None = key(None, "folder of the data set; scenes needs none")
     size: tuple[Count, Count] = key((64, 64), "[height, width] of the images, or one number, in pixels")
     classes: Id | list[Id | str] | str | None = key(None, "folder: a count, names, or a .csv like those in classes/")
-    void: Id | None = key(None, "folder: id of unlabelled pixels in the label files", ge=0, le=65535)
+    void: Id | None = key(None, "id of unlabelled pixels in label files, beside those of a class table", ge=0, le=65535)
     palette: list[Color] | None = key(None, "folder: one [r, g, b] for each class, for label files in colors")
     holdout: Share = key(0.0, "share of the training pairs to hold out, by their names, where there is no val folder")
     load_scale: float = key(1.0, "training images are resized to load_scale x size before the random crop", ge=1)
@@ -244,7 +244,9 @@ def apply_overrides(given: dict, overrides: list[str]) -> dict:
         section = given
         *parents, last = path.split(".")
         for parent in parents:
-            section = section.setdefault(parent, {})
+            if section.get(parent) is None:  # absent, or all of it is commented out
+                section[parent] = {}
+            section = section[parent]
             if not isinstance(section, dict):
                 raise UserError(f"{override!r}: {parent} is a value, not a section")
         try:

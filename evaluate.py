@@ -115,7 +115,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("metrics.json"), help="default: metrics.json")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
     args = parser.parse_intermixed_args()
-    if bool(args.checkpoint) == all((args.images, args.labels, args.real, args.config)):
+    folders = args.images, args.labels, args.real
+    if any(folders) if args.checkpoint else not all((*folders, args.config)):
         raise UserError("give either --checkpoint, or all of --images, --labels, --real and --config")
     rank, world_size, device = setup_distributed()
     generate, dataset, settings, cache, source = (

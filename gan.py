@@ -80,7 +80,7 @@ class GAN(Trainer):
         self.contrast = losses.PatchContrast(
             [backbone.channels[i] for i in self.contrast_scales], self.loss.contrastive_patches,
             self.loss.contrastive_temperature).to(device)
-        self.margins = torch.ones(3, device=device)
+        self.real_distances = self.margins = torch.ones(3, device=device)
         self.g_parameters = [*self.generator.parameters(), *(self.contrast.parameters() if self.loss.contrastive else [])]
         self.d_parameters = list(self.discriminator.parameters())
         adam = lambda parameters, lr: torch.optim.Adam(parameters, lr=lr, betas=train.betas, fused=True)
@@ -98,11 +98,16 @@ class GAN(Trainer):
             self.backbone.calibrate(images)
         distances = [losses.diversity_distances(x, x.roll(1, 0), torch.ones_like(x[:, :1])) for x in images if len(x) > 1]
         if distances:
-            margins = torch.tensor(self.loss.diversity_margin, device=self.device) * torch.cat(distances).mean(0)
-            self.margins = margins.clamp_min(1e-6)  # where all images are alike
+            self._set_margins(torch.cat(distances).mean(0))
         elif self.loss.diversity:
             raise UserError("loss.diversity compares samples with what two real images differ in, and there is one image; "
                             "add training pairs, raise data.calibration_images, or set loss.diversity=0")
+
+    def _set_margins(self, real_distances: Tensor) -> None:
+        """What the diversity loss asks for, by how far real images are apart (3,)."""
+        self.real_distances = real_distances.to(self.device)
+        shares = torch.tensor(self.loss.diversity_margin, device=self.device)
+        self.margins = (shares * self.real_distances).clamp_min(1e-6)  # where all images are alike
 
     def refresh(self, label_maps: list[Tensor]) -> None:
         refresh_batch_norm(self.ema, ((m, noise([(i, k) for k in range(len(m))], self.ema.z_dim, self.device))
@@ -249,11 +254,14 @@ class GAN(Trainer):
 
     def state_dict(self) -> dict:
         """The frozen backbone is not in it, only what was measured of it."""
-        return {**super().state_dict(), "margins": self.margins,
+        return {**super().state_dict(), "real_distances": self.real_distances,
                 "statistics": self.backbone.statistics() if self.backbone else {}}
 
     def load_state_dict(self, state: dict, optimizers: bool = True) -> None:
         super().load_state_dict(state, optimizers)
         if self.backbone:
             self.backbone.load_statistics(state["statistics"])
-        self.margins = state["margins"].to(self.device)
+        distances = state.get("real_distances")
+        if distances is None:  # of an earlier version
+            distances = state["margins"].cpu() / torch.tensor(state["config"]["loss"]["diversity_margin"]).clamp_min(1e-6)
+        self._set_margins(distances)

@@ -110,9 +110,9 @@ class Trainer:
         for name in self.parts:
             if optimizers or name not in self.rates:
                 getattr(self, name).load_state_dict(state[name])
-        for name, (_, rate) in self.rates.items():
-            for group in getattr(self, name).param_groups:  # a run may go on with other rates than it had
-                group["lr"] = rate
+        for optimizer in (getattr(self, name) for name in self.rates):
+            for group in optimizer.param_groups:  # a run may go on with other rates and betas than it had
+                group.update(optimizer.defaults)
 
 
 class System:

@@ -32,6 +32,14 @@ def file_sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def weights_sha256(network: nn.Module) -> str:
+    """SHA-256 of the bytes of a network's tensors, in the order of its state dict; hexadecimal."""
+    digest = hashlib.sha256()
+    for tensor in network.state_dict().values():
+        digest.update(tensor.cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
 def fetch_published(name: str) -> str:
     """Fetch the weights of a network of PUBLISHED_WEIGHTS into torch's hub folder, unless they are there: the SHA-256.
 
@@ -88,8 +96,8 @@ class FeatureNetwork(nn.Module):
             size = size or 128
             self.features = lambda x: network.net(network.scaling_layer(2 * x - 1))[-1].mean((2, 3))
         else:
-            self.features = network = load_timm(name, num_classes=0)
-            sha256 = hashlib.sha256(b"".join(t.numpy().tobytes() for t in network.state_dict().values())).hexdigest()
+            self.features = network = load_timm(name, setting="eval.features", num_classes=0)
+            sha256 = weights_sha256(network)
             cfg = network.pretrained_cfg
             size, mean, std = size or cfg["input_size"][-1], cfg["mean"], cfg["std"]
         self.network = network.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # faster on CPU, too

@@ -9,7 +9,7 @@ import csv
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,7 @@ import scenes
 from config import DataSettings, UserError
 
 UNKNOWN = 255  # marks ids that mean nothing; void is C, so there are at most 254 classes
+MOST_PIXELS = 2 ** 24  # of a label map that comes over the network
 PACK = np.array([65536, 256, 1], np.int32)  # (..., 3) colors -> one number each
 
 
@@ -57,7 +58,7 @@ class LabelFormat:
 def read_class_table(path: str | Path) -> LabelFormat:
     """Reads a table with the columns id, name, r, g, b; rows named void are the unlabelled ids. Raises UserError."""
     try:
-        with open(path, newline="", encoding="utf-8") as file:
+        with open(path, newline="", encoding="utf-8-sig") as file:
             rows = [(row["name"].strip(), *(int(row[column]) for column in ("id", "r", "g", "b")))
                     for row in csv.DictReader(file)]
     except (OSError, KeyError, TypeError, AttributeError, ValueError, csv.Error) as error:
@@ -91,7 +92,12 @@ def label_format(data: DataSettings) -> LabelFormat:
     elif data.name != "folder":
         classes = str(Path(__file__).parent / "classes" / f"{data.name}.csv")
     if isinstance(classes, str):
-        return read_class_table(classes)
+        form = read_class_table(classes)
+        if void is None:
+            return form
+        ids = np.pad(form.ids, (0, max(0, void + 1 - len(form.ids))), constant_values=UNKNOWN)
+        ids[void] = form.num_classes
+        return replace(form, ids=ids)
     if isinstance(classes, int):
         classes = [f"class {i}" for i in range(min(classes, UNKNOWN))]
     names = [str(name) for name in classes or ()]
@@ -123,6 +129,8 @@ def open_image(path: str | Path, content: bytes | None = None) -> Iterator[Image
     source = str(path) if content is None else io.BytesIO(content)
     try:
         with Image.open(source, formats=("PNG", "JPEG", "WEBP", "BMP", "TIFF")) as image:  # others (EPS) are programs
+            if content is not None and image.width * image.height > MOST_PIXELS:
+                raise UserError(f"{path}: {image.width} x {image.height} pixels; make it smaller")
             yield image
     except UserError:
         raise

@@ -9,7 +9,6 @@ Only this machine reaches the page, unless --host says otherwise (0.0.0.0: the n
 """
 
 import argparse
-import ipaddress
 import json
 import re
 import webbrowser
@@ -37,7 +36,6 @@ from systems import TRUNCATIONS, WALK
 NAME = zlib.crc32(b"painted")  # the label map that the page saves is painted.png; sample.py draws noise by this name
 QUICK_STEPS = 20               # at first, of a system that takes many
 MOST_BYTES = 2 ** 24           # of a request
-Image.MAX_IMAGE_PIXELS = 2 ** 23  # of a label file; Pillow refuses twice as many
 
 
 class Studio:
@@ -45,7 +43,7 @@ class Studio:
 
     def __init__(self, system: System, generator: torch.nn.Module, state: dict, labels: Path | None):
         self.system, self.generator, self.state, self.size = system, generator, state, system.settings.data.size
-        files = sorted(path for path in labels.glob("*") if path.suffix.lower() == ".png") if labels else []
+        files = sorted(path for path in labels.rglob("*") if path.suffix.lower() == ".png") if labels else []
         if labels and not files:
             raise UserError(f"{labels}: no label maps; --labels names a folder of PNG files")
         self.files = [files[i] for i in evenly_spaced(len(files), EXAMPLES)]
@@ -159,8 +157,11 @@ class Handler(BaseHTTPRequestHandler):
             host, origin = self.headers.get("Host", ""), self.headers.get("Origin")
             name = urlsplit(f"//{host}").hostname or ""
             # A page of another site that lets its name point to this machine (DNS rebinding) sends that name.
-            if name not in self.names and not ipaddress.ip_address(name) or origin not in (None, f"http://{host}"):
-                raise UserError(f"this server answers its own page, not {origin}")
+            if name not in self.names and not re.fullmatch(r"[\d.]+|[\da-f]*:[\da-f:.]*", name):
+                raise UserError(f"this server is not called {host[:100]!r}; open the page by its machine's address, or start "
+                                f"paint.py with --host and this name")
+            if origin not in (None, f"http://{host}"):
+                raise UserError(f"this server answers its own page, not {origin[:100]}")
             body = self.rfile.read(whole(self.headers.get("Content-Length", "0"), MOST_BYTES))
             url, studio = urlsplit(self.path), self.studio
             given = dict(parse_qsl(url.query))

@@ -3,9 +3,9 @@
                                       [--truncation PSI] [--steps N] [--guidance S] [--instances DIR]
 
 DIR holds label maps as PNG: the class ids of the data set that the model was trained on (gray or palette, 8 or 16 bits), or
-RGB in the model's palette. They may have any size and are resized (nearest) to the size the model was trained at, which is
-the size of the images. An image depends on its label map, its name and the seed alone. An official checkpoint of OASIS
-or SDM carries no configuration: name one with --config.
+RGB in the model's palette. Sub folders are read too, and made in --out. Label maps may have any size and are resized
+(nearest) to the size the model was trained at, which is the size of the images. An image depends on its label map, its
+name and the seed alone. An official checkpoint of OASIS or SDM carries no configuration: name one with --config.
 
 SDM's images take --steps (default: the model's configuration), and its models of Cityscapes the edges of instance maps:
 --instances names a folder with files of the same names (or _instanceIds for _labelIds). Without it the label map's own
@@ -16,7 +16,7 @@ edges are used, so that touching things of one class are not told apart; models 
 
 import argparse
 import zlib
-from collections.abc import Sequence
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -46,12 +46,12 @@ def find_class(name: str, class_names: list[str]) -> int:
 
 
 def read_maps(path: Path, state: dict, size: tuple[int, int], instances: Path | None = None) -> list[torch.Tensor]:
-    """Label file -> int64 (1, H, W) in 0..C at `size`; and of its namesake in `instances`, if given, int32 ids."""
+    """Label file -> int64 (1, H, W) in 0..C at `size`; and of the file `instances`, if given, int32 ids."""
     label = read_label_file(path, len(state["class_names"]), state["palette"], ids=state["ids"])
     label = Image.fromarray(label).resize(size[::-1], Image.Resampling.NEAREST)
     maps = [torch.from_numpy(np.array(label)).long()]
     if instances:
-        maps.append(torch.from_numpy(read_instance_map(instances / path.name.replace("_labelIds", "_instanceIds"), size)))
+        maps.append(torch.from_numpy(read_instance_map(instances, size)))
     return [m[None] for m in maps]
 
 
@@ -68,12 +68,12 @@ def check_options(system: System, arguments: argparse.Namespace) -> None:
                             f"has {has}")
 
 
-def image_names(paths: Sequence[Path], count: int, arguments: argparse.Namespace) -> dict[Path, list[str]]:
+def image_names(maps: dict[Path, str], count: int, arguments: argparse.Namespace) -> dict[Path, list[str]]:
     """The file names of each label map's images. Raises UserError where one would be overwritten."""
-    names = {path: [f"{path.stem}.png"] if count == 1 else [f"{path.stem}_{k}.png" for k in range(count)] for path in paths}
-    wanted = [name for group in names.values() for name in group] + ["grid.png"] * arguments.grid
-    for name in wanted:
-        if wanted.count(name) > 1:
+    names = {path: [f"{name}.png"] if count == 1 else [f"{name}_{k}.png" for k in range(count)] for path, name in maps.items()}
+    wanted = Counter([name for group in names.values() for name in group] + ["grid.png"] * arguments.grid)
+    for name, times in wanted.items():
+        if times > 1:
             raise UserError(f"{arguments.labels}: two images would be called {name}; rename a label map (or leave --grid "
                             f"out, whose sheet is grid.png)")
         if (arguments.out / name).exists():
@@ -84,7 +84,8 @@ def image_names(paths: Sequence[Path], count: int, arguments: argparse.Namespace
 @torch.no_grad()
 def main(arguments: argparse.Namespace) -> None:
     rank, world_size, device = setup_distributed()
-    paths = sorted(p for p in arguments.labels.glob("*") if p.suffix.lower() == ".png")
+    paths = sorted(p for p in arguments.labels.rglob("*") if p.suffix.lower() == ".png" and arguments.out not in p.parents)
+    maps_named = {path: path.relative_to(arguments.labels).with_suffix("").as_posix() for path in paths}
     if not paths:
         raise UserError(f"{arguments.labels}: no label maps; --labels names a folder of PNG files")
     system, generator, state = load_generator(arguments.checkpoint or newest_checkpoint(), device, arguments.config)
@@ -92,17 +93,22 @@ def main(arguments: argparse.Namespace) -> None:
     system, size = system.with_options(arguments), system.settings.data.size
     if arguments.resample:
         arguments.resample = find_class(arguments.resample, state["class_names"])
-    names = image_names(paths, (arguments.interpolate or 1) * arguments.num, arguments)
+    names = image_names(maps_named, (arguments.interpolate or 1) * arguments.num, arguments)
     share, rows = paths[rank::world_size], {}
+
+    def read(path: Path) -> list[torch.Tensor]:
+        name = maps_named[path].replace("_labelIds", "_instanceIds")
+        return read_maps(path, state, size, arguments.instances and arguments.instances / f"{name}{path.suffix}")
+
     for path in tqdm(share, desc="check", leave=False, disable=rank != 0):
-        read_maps(path, state, size, arguments.instances)
+        read(path)
     gather(None)  # nothing is written before every process has checked its share
-    arguments.out.mkdir(parents=True, exist_ok=True)
     for path in tqdm(share, unit="map", disable=rank != 0):
-        maps = [m.to(device) for m in read_maps(path, state, size, arguments.instances)]
+        maps = [m.to(device) for m in read(path)]
+        (arguments.out / names[path][0]).parent.mkdir(parents=True, exist_ok=True)
         if arguments.fill_void:
             maps[0] = fill_void(maps[0], len(state["class_names"]))
-        key, images = (arguments.seed, zlib.crc32(path.stem.encode())), []
+        key, images = (arguments.seed, zlib.crc32(maps_named[path].encode())), []
         for name, image in zip(names[path], system.draw(generator, maps, key, arguments)):
             images.append(image.permute(1, 2, 0).cpu().numpy())
             Image.fromarray(images[-1]).save(arguments.out / name)

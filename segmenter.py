@@ -19,7 +19,7 @@ from config import DataSettings, Settings, UserError
 from dataset import build_dataset, leave_signals_to_parent
 from distributed import gather
 from evaluation import cache_file
-from judges import file_sha256
+from judges import file_sha256, weights_sha256
 from labels import label_format
 
 BATCH_SIZE, LEARNING_RATE, WEIGHT_DECAY = 16, 4e-3, 0.02
@@ -205,4 +205,5 @@ def _hugging_face(source: str, device: torch.device | str) -> tuple[Callable, li
         maps = processor.post_process_semantic_segmentation(network(**inputs), [tuple(images.shape[2:])] * len(images))
         return torch.stack(list(maps)).to(images.device)
 
-    return predict, [network.config.id2label[i] for i in range(len(network.config.id2label))], {"name": source}
+    return predict, [network.config.id2label[i] for i in range(len(network.config.id2label))], {
+        "name": source, "sha256": weights_sha256(network)}

@@ -50,7 +50,7 @@ def batches(length: int, batch_size: int, steps: range, places: range, seed: int
         for n in (step * batch_size + place for place in places):
             if n // length != epoch:
                 epoch = n // length
-                draw = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+                draw = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2 ** 63)
                 order = torch.randperm(length, generator=draw).tolist()
             batch.append((order[n % length], n))
         yield batch
@@ -251,12 +251,13 @@ def main(settings: Settings, resume: bool) -> None:
 
 
 def save(run: Path, step: int, settings: Settings, dataset: LabeledImages, trainer: Trainer) -> None:
-    """Write checkpoints/latest.pt and give it the second name STEP.pt; drop the oldest beyond train.keep."""
+    """Write checkpoints/latest.pt and a copy, STEP.pt; drop the oldest beyond train.keep."""
     folder = run / "checkpoints"
     save_checkpoint({"config": settings.model_dump(mode="json"), **label_state(dataset.form), "step": step,
                      **trainer.state_dict()}, folder / "latest.pt")
     copy_checkpoint(folder / "latest.pt", folder / f"{step:07d}.pt")
-    for old in sorted(folder.glob("[0-9]*.pt"))[: -settings.train.keep]:
+    by_age = sorted(folder.glob("[0-9]*.pt"), key=lambda path: path.stat().st_mtime)  # a run may have gone back
+    for old in by_age[: -settings.train.keep]:
         old.unlink()
 
 

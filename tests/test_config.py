@@ -11,6 +11,7 @@ from config import Settings, check_settings, load_settings, run_script
 @pytest.mark.parametrize("overrides, named", [
     (["train.step=5"], ["train.step", "train.steps"]),
     (["trian.steps=5"], ["trian", "train"]),
+    (["train.lr=5"], ["did you mean train.lr_generator?"]),
     (["train.steps=" + "many" * 1000], ["train.steps", "many", "integer"]),
     (["train.steps=0"], ["train.steps is 0; "]),
     (["train.betas=[a, 0.9]"], ["train.betas is ['a', 0.9]; "]),
@@ -20,6 +21,7 @@ from config import Settings, check_settings, load_settings, run_script
     (["discriminator={name: oasis, channels: 2}"], ["both must be multiples of 64 for this discriminator"]),
     (["backbone.name=resnet5000"], ["resnet5000"]),
     (["backbone.weights=nowhere.pth"], ["nowhere.pth"]),
+    (["eval.features=resnet5000", "eval.metric=miou"], ["eval.features is 'resnet5000'"]),
     (["backbone.pretrained=false", "backbone.weights=nowhere.pth"], ["backbone.pretrained is false", "choose one"]),
     (["backbone.input_scale=0.01"], ["backbone.input_scale is 0.01; "]),
     (["init_from=nowhere.pt"], ["nowhere.pt"]),
@@ -37,7 +39,7 @@ def test_a_file_says_the_same_in_either_way(tmp_path):
     """Nested keys in a file, and overrides; numbers as YAML reads them, 1e-4 as text."""
     path = tmp_path / "mine.yaml"
     path.write_text("train: {lr_generator: 1e-4, betas: [0, 0.9]}\ngenerator: {channels: [8, 16]}\n")
-    (tmp_path / "empty.yaml").write_text("")
+    (tmp_path / "empty.yaml").write_text("train:\n")
     given = load_settings(tmp_path / "empty.yaml", ["train.lr_generator=1e-4", "train.betas=[0, 0.9]",
                                                     "generator.channels=[8, 16]"])
     assert given == load_settings(path) and given.train.lr_generator == 1e-4 and given.train.betas == (0.0, 0.9)

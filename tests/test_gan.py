@@ -110,3 +110,20 @@ def test_margins_compare_different_images_alone():
     assert gan.margins[0].item() == pytest.approx(gan.loss.diversity_margin[0] * expected, rel=1e-4)
     with pytest.raises(UserError, match="there is one image; add training pairs"):
         gan.calibrate([images[:1]])
+
+
+def test_a_run_goes_on_with_the_margins_rates_and_betas_that_are_configured():
+    """Checkpoints of earlier versions hold the margins themselves."""
+    before = trainer_of(TINY)
+    before.calibrate([torch.rand(4, 3, 32, 32) * 2 - 1])
+    before.step(*batch(4), 0, [0, 1, 2, 3])
+    train, whole = {"lr_generator": 1e-3, "betas": [0.5, 0.9]}, before.state_dict()
+    config = {"loss": {"diversity_margin": before.loss.diversity_margin}}
+    older = {k: v for k, v in whole.items() if k != "real_distances"} | {"margins": before.margins, "config": config}
+    for state in (whole, older):
+        after = trainer_of(TINY | {"train": train, "loss": {"diversity_margin": [0.1, 0.5, 0.85]}})
+        after.load_state_dict(copy.deepcopy(state))
+        torch.testing.assert_close(after.margins, before.margins * torch.tensor([2.0, 2.0, 1.0]))
+        torch.testing.assert_close(after.state_dict()["real_distances"], before.real_distances)
+        [group] = after.g_optimizer.param_groups
+        assert group["lr"] == 1e-3 and group["betas"] == (0.5, 0.9) and after.g_optimizer.state

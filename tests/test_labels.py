@@ -79,6 +79,9 @@ def test_class_table_of_ones_own(tmp_path, dog):
     assert dataset.class_names == ["cat", "dog"] and np.array_equal(dataset[0][1], ids(0, 1, 2, 2))
     assert np.array_equal(dataset.form.encode(dataset[0][1].numpy()), ids(40, dog, 7, 7))
     assert dataset.palette[-1].tolist() == [1, 1, 1]  # of the first row of void
+    table.write_text("\ufeff" + table.read_text())  # as spreadsheets write it
+    form = label_format(settings(tmp_path, classes=str(table), void=65535))  # one more
+    assert form.ids[[40, dog, 7, 65535 if dog < 65535 else 9]].tolist() == [0, 1 if dog < 65535 else 2, 2, 2]
 
 
 def test_default_palette_is_the_voc_map():

@@ -46,9 +46,9 @@ def serve(handler: type, port: int = 0) -> ThreadingHTTPServer:
     return server
 
 
-def serve_page(checkpoint: Path, port: int = 0) -> ThreadingHTTPServer:
+def serve_page(checkpoint: Path, port: int = 0, labels: Path | None = None) -> ThreadingHTTPServer:
     """The server of paint.py."""
-    studio = paint.Studio(*load_generator(checkpoint), None)
+    studio = paint.Studio(*load_generator(checkpoint), labels)
     return serve(type("Handler", (paint.Handler,), {"studio": studio, "names": ("localhost",)}), port)
 
 
@@ -136,7 +136,7 @@ def test_wrong_requests_get_a_sentence(server):
     body, local = LABEL.tobytes(), f"localhost:{server.server_port}"
     wrong = [("/../paint.py", b"", {}), ("/example/24", b"", {}), ("/draw", body[1:], {}), ("/draw", b"\xff" * len(body), {}),
              ("/draw?seed=-1", body, {}), ("/draw?walk=21", body, {}), ("/draw?redraws=12.0", body, {}), ("//[", b"", {}),
-             ("/", b"", {"Host": "evil.example"}), ("/", b"", {"Host": "[::1"}),
+             ("/", b"", {"Host": "evil.example"}), ("/", b"", {"Host": "cafe"}), ("/", b"", {"Host": "[::1"}),
              ("/draw", body, {"Origin": "http://evil.example"}), ("/draw", b"", {"Content-Length": str(10 ** 9)})]
     for path, content, headers in wrong:
         status, text = ask(server.server_port, path, content, **headers)
@@ -374,10 +374,21 @@ def test_what_is_saved_comes_back(page, folder, sample, tmp_path):
     again.until("new Set(map).size > 1")
     again.settle()
     assert np.array_equal(again.map(), labels)
+    Image.fromarray(LABEL).save(tmp_path / "ids.png")  # gray
+    again.driver.find_element("id", "open").send_keys(str(tmp_path / "ids.png"))
+    again.until(f"String(map) === '{','.join(map(str, LABEL.flat))}'")
     Image.fromarray(np.full((8, 8, 3), (1, 2, 3), np.uint8)).save(tmp_path / "wrong.png")
     again.driver.find_element("id", "open").send_keys(str(tmp_path / "wrong.png"))
     again.until("$('status').className === 'wrong'")
-    assert again.said().startswith("wrong.png: ") and np.array_equal(again.map(), labels)
+    assert again.said().startswith("wrong.png: ") and np.array_equal(again.map(), LABEL)
+
+
+@pytest.mark.browser
+def test_a_damaged_example_is_passed_by(folder, driver, tmp_path):
+    (tmp_path / "a.png").write_bytes(b"no picture")
+    shutil.copy(folder / "labels/painted.png", tmp_path)
+    page = Page(driver, f"http://127.0.0.1:{serve_page(folder / LATEST, labels=tmp_path).server_port}")
+    assert np.array_equal(page.map(), LABEL) and page.js("$('gallery').children.length") == 1
 
 
 @pytest.mark.browser

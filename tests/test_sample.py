@@ -42,6 +42,14 @@ def test_same_seed_same_image_whatever_else_is_in_the_folder(call, model):
         call("sample.py", "--labels", "one", "--out", "other")
 
 
+def test_sub_folders_are_sampled(call, model):
+    (model / "labels/city").mkdir()
+    (model / "labels/map2.png").rename(model / "labels/city/map1.png")
+    call("sample.py", "--labels", "labels", "--out", "labels/out")
+    assert sorted(path.relative_to(model).as_posix() for path in (model / "labels/out").rglob("*.png")) == [
+        "labels/out/city/map1.png", "labels/out/map0.png", "labels/out/map1.png"]
+
+
 @torch.no_grad()
 def test_truncation_multiplies_the_noise(call, model):
     """In sample.py, and in evaluations, whose noise follows from the seed of an image and the number of its sample."""

@@ -1,3 +1,4 @@
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -29,6 +30,7 @@ def test_batches_are_the_same_however_many_processes():
     indices = [index for batch in whole for index, _ in batch]
     assert all(sorted(indices[i : i + 10]) == list(range(10)) for i in range(0, 40, 10))  # every epoch shows all
     assert [draw for batch in whole for _, draw in batch] == list(range(40))
+    assert len(list(batches(10, 8, range(5), range(8), seed=2 ** 63 - 1))) == 5
 
 
 def test_run_folder_and_exact_resume(train, tiny_config, tmp_path):
@@ -53,6 +55,10 @@ def test_run_folder_and_exact_resume(train, tiny_config, tmp_path):
     kept = yaml.safe_load((whole / "config.yaml").read_text())
     assert kept["loss"]["focal_gamma"] == 2.0 and kept["generator"]["noise"] == "cross_attention"  # which nobody gave
     torch.testing.assert_close(latest(whole)["ema"], latest(parts)["ema"], rtol=0, atol=0)
+    shutil.copyfile(whole / "checkpoints/0000002.pt", whole / "checkpoints/latest.pt")  # back to an older step
+    train(tiny_config, "name=whole", "train.steps=3", "train.save_every=1", "train.keep=1", resume=True)
+    steps = {p.name: torch.load(p, weights_only=True)["step"] for p in (whole / "checkpoints").iterdir()}
+    assert steps == {"0000003.pt": 3, "latest.pt": 3, "best.pt": steps["best.pt"]}
 
 
 @pytest.mark.parametrize("processes, accumulation, diversity, tolerance",
