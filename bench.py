@@ -28,6 +28,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import scenes
@@ -55,7 +56,7 @@ def seconds(call: Callable, repeat: int = 1, warm_up: int = 1) -> float:
 
 
 def flops(call: Callable) -> int:
-    with FlopCounterMode(display=False) as counter:
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # it does not know attention on CPUs
         call()
     return counter.get_total_flops()
 
@@ -91,7 +92,9 @@ def costs(settings: Settings, steps: int, samples: int = 3) -> dict[str, dict[st
     del generator
     if steps:
         step = training_step(system)
-        rows["training step"] = {"s": seconds(step, steps), "TFLOP": flops(step) / 1e12, "GiB": peak_memory(DEVICE)}
+        kinds = settings.loss.diversity_every  # of steps, which take turns
+        rows["training step"] = {"s": seconds(step, steps), "TFLOP": sum(flops(step) for _ in range(kinds)) / kinds / 1e12,
+                                 "GiB": peak_memory(DEVICE)}
     return rows
 
 

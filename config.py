@@ -118,7 +118,7 @@ class BackboneSettings(Section):
 
 
 class LossSettings(Section):
-    focal_gamma: float = key(2.0, "focusing of the pixel loss; 0 is plain cross-entropy")
+    focal_gamma: Weight = key(2.0, "focusing of the pixel loss, 1 or more; 0 is plain cross-entropy")
     class_balancing: float = key(0.75, "weigh classes by their share of the pixels to the power of -this; 0 = alike")
     contrastive: float = key(0.3, "weight of the patch contrastive loss")
     contrastive_scales: Count = key(2, "how many of the backbone's coarsest usable scales it sees")
@@ -213,6 +213,9 @@ class Settings(Section):
     def _fit_together(self) -> "Settings":
         if min(self.data.size) * self.backbone.input_scale < 1:
             raise ValueError(f"backbone.input_scale is {self.backbone.input_scale}; it leaves nothing of {self.data.size}")
+        if 0 < self.loss.focal_gamma < 1:
+            raise ValueError(f"loss.focal_gamma is {self.loss.focal_gamma}; between 0 and 1 the gradient is infinite where a "
+                             "pixel is certain: set 0, or 1 or more")
         if self.diffusion.drop_labels == 0 and self.diffusion.guidance != 1:
             raise ValueError(f"diffusion.guidance is {self.diffusion.guidance}; without dropped label maps "
                              f"(diffusion.drop_labels) nothing is learned that it could use: set 1")

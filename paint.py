@@ -11,6 +11,7 @@ Only this machine reaches the page, unless --host says otherwise (0.0.0.0: the n
 import argparse
 import json
 import re
+import traceback
 import webbrowser
 import zlib
 from collections.abc import Callable
@@ -178,9 +179,15 @@ class Handler(BaseHTTPRequestHandler):
                     self.reply(studio.draw(given.get("page", "")[:40], body, given, self.reply))
                 case _:
                     raise UserError(f"{url.path[:60]}: there is nothing here")
-        except ValueError as error:
+        except OSError:
+            raise
+        except Exception as error:
+            wrong = isinstance(error, ValueError)
+            if not wrong:
+                traceback.print_exc()
             if not self.begun:
-                self.reply(str(error).encode(), "text/plain; charset=utf-8", 400)
+                text = str(error) if wrong else f"{type(error).__name__} in paint.py: {str(error)[:200]}"
+                self.reply(text.encode(), "text/plain; charset=utf-8", 400 if wrong else 500)
 
     do_POST = do_GET
 

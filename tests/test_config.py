@@ -16,6 +16,7 @@ from config import Settings, check_settings, load_settings, run_script
     (["train.steps=0"], ["train.steps is 0; "]),
     (["train.betas=[a, 0.9]"], ["train.betas is ['a', 0.9]; "]),
     (["data.load_scale=.inf"], ["data.load_scale is inf; "]),
+    (["loss.focal_gamma=0.5"], ["loss.focal_gamma is 0.5; "]),
     (["data.size=[30, 32]"], ["data.size", "multiples of 4"]),
     (["generator.channel=3"], ["generator.channel", "generator.channels"]),
     (["discriminator={name: oasis, channels: 2}"], ["both must be multiples of 64 for this discriminator"]),

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -142,6 +143,8 @@ def test_wrong_requests_get_a_sentence(server):
         status, text = ask(server.server_port, path, content, **headers)
         assert status == 400 and 10 < len(text) < 400, (path, headers, text)
     assert ask(server.server_port, "/draw", body, Host=local, Origin=f"http://{local}")[0] == 200
+    with patch.object(paint.Studio, "draw", side_effect=RuntimeError("out of memory")):
+        assert ask(server.server_port, "/draw", body) == (500, b"RuntimeError in paint.py: out of memory")
 
 
 def test_a_newer_request_of_a_page_ends_its_older_one(folder):
@@ -346,7 +349,7 @@ def test_noise_of_a_class_of_the_walk_and_of_variations(page):
     assert (page.picture() != middle).any()
     page.click("#truncation [value='1.0']")
     assert np.array_equal(page.picture(), middle)
-    thumbnail = page.js("[...$('variations').children[0].getContext('2d').getImageData(0, 0, 32, 32).data]")
+    thumbnail = page.js("[...$('variations').children[0].firstChild.getContext('2d').getImageData(0, 0, 32, 32).data]")
     page.click("#variations :nth-child(1)")
     assert np.array_equal(page.picture(), pixels(bytes(thumbnail))) and (page.picture() != again).any()
     assert page.js("noise") == {"seed": 7, "walk": 0, "redraws": {}}
@@ -381,6 +384,37 @@ def test_what_is_saved_comes_back(page, folder, sample, tmp_path):
     again.driver.find_element("id", "open").send_keys(str(tmp_path / "wrong.png"))
     again.until("$('status').className === 'wrong'")
     assert again.said().startswith("wrong.png: ") and np.array_equal(again.map(), LABEL)
+
+
+@pytest.mark.browser
+def test_another_finger_and_other_keys_change_nothing(page):
+    page.click("[title=road]", "#clear", "[title=tree]")
+    page.js("($('size').value = 1)")
+    touch = lambda kind, *points: page.driver.execute_cdp_cmd("Input.dispatchTouchEvent", {"type": kind, "touchPoints": [
+        dict(zip(("x", "y", "id"), page.js(f"""(box => [box.x + box.width / 2 + {x - 15.5} * Math.min(box.width, box.height) / 32,
+            box.y + box.height / 2 + {y - 15.5} * Math.min(box.width, box.height) / 32, {finger}])
+            ($('map').getBoundingClientRect())"""))) for finger, (x, y) in enumerate(points)]})
+    touch("touchStart", (5, 5))
+    touch("touchMove", (10, 5))
+    touch("touchStart", (10, 5), (20, 25))
+    touch("touchMove", (10, 5), (22, 25))
+    touch("touchMove", (12, 5), (22, 25))
+    touch("touchEnd")
+    expected = np.full((32, 32), 4, np.uint8)
+    expected[5, 5:13] = [name for name, _ in scenes.CLASSES].index("tree")
+    assert np.array_equal(page.map(), expected)
+    page.keys(Keys.CONTROL + "z" + Keys.NULL)
+    page.keys(Keys.CONTROL + Keys.SHIFT + "z" + Keys.NULL)
+    page.keys(Keys.ALT + "f" + Keys.NULL)
+    assert np.array_equal(page.map(), expected) and page.js("tool") == "brush"
+    page.js("(location.hash = 'map=abc')")
+    page.until("$('status').className === 'wrong'")
+    page.js("setNoise({})")
+    page.settle()
+    assert page.said() == "this link is not one of this model's"  # until the next key or press
+    page.keys("n")
+    page.settle()
+    assert "drawn in" in page.said()
 
 
 @pytest.mark.browser
