@@ -9,7 +9,7 @@ import os
 import shutil
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -41,7 +41,8 @@ def whole_file(path: Path) -> Iterator[Path]:
         raise UserError(f"{path}: cannot be written ({cause}); free space or choose another folder; a run goes on with "
                         f"--resume") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # of a disk that can only be read
+            temporary.unlink(missing_ok=True)
 
 
 def save_checkpoint(state: dict, path: Path) -> None:

@@ -9,7 +9,6 @@ missing; where it is killed its trainings go on, and the next --run waits for th
 
 import argparse
 import csv
-import fcntl
 import json
 import math
 import os
@@ -25,7 +24,7 @@ import torch
 import yaml
 
 from checkpoint import load_generator, whole_file
-from config import Count, Section, Settings, UserError, Whole, check_settings, flatten, load_settings, run_script
+from config import Count, Loader, Section, Settings, UserError, Whole, check_settings, flatten, load_settings, run_script
 from dataset import build_dataset, evenly_spaced
 from distributed import hold
 from evaluation import higher_is_better
@@ -89,6 +88,8 @@ def in_training(folder: Path) -> bool:
         hold(folder / "lock").close()
     except BlockingIOError:
         return True
+    except OSError:  # a disk that can only be read
+        return False
     return False
 
 
@@ -241,15 +242,15 @@ def draw_pictures(runs: list[Run], path: Path, step: int | None, count: int = 8)
 def plan_ablation(path: Path) -> tuple[int, dict[Path, tuple[Settings, list[str]]]]:
     """How many at once, and folder of each run of an ablation -> its settings and command. Raises UserError."""
     try:
-        ablation = check_settings(yaml.safe_load(path.read_text()), str(path), Ablation)
+        ablation = check_settings(yaml.load(path.read_text(), Loader), str(path), Ablation)
     except (OSError, yaml.YAMLError) as error:
         raise UserError(f"{path}: cannot be read as YAML ({' '.join(str(error).split())[:300]})") from error
     plan = {}
     for row, changes in ablation.rows.items():
         base, *changes = changes if changes and changes[0].endswith(".yaml") else [ablation.base, *changes]
         for seed in ablation.seeds:
-            folder = Path("runs") / f"{path.stem}_{row}_{seed}"
-            overrides = [*ablation.changes, *changes, f"seed={seed}", f"name={folder.name}"]
+            name = f"{path.stem}_{row}_{seed}"
+            folder, overrides = Path("runs") / name, [*ablation.changes, *changes, f"seed={seed}", f"name={name}"]
             settings = load_settings(base, overrides)
             before = Run(folder).flat if (folder / "config.yaml").is_file() else {}
             for key, value in flat(settings).items():
@@ -269,8 +270,7 @@ def train_all(at_once: int, plan: dict[Path, tuple[Settings, list[str]]]) -> Non
             settings, command = plan[folder]
             folder.mkdir(parents=True, exist_ok=True)
             while not finished(folder, settings):
-                with open(folder / "lock", "a") as lock:  # see train.hold_run
-                    fcntl.flock(lock, fcntl.LOCK_EX)  # who trains it now ends first
+                hold(folder / "lock", wait=True).close()  # who trains it now ends first
                 if finished(folder, settings):
                     break
                 print(f"{folder}: training", flush=True)
@@ -300,9 +300,14 @@ def main(arguments: argparse.Namespace) -> None:
         train_all(at_once, plan)
         folders = list(plan)
     runs, notes = read_runs(folders)
+    if metric and metric not in metric_names(runs):
+        names = ", ".join(filter(is_headline, metric_names(runs)))
+        raise UserError(f"--metric {metric}: no run has it; there are {names}")
     notes += separate_protocols(runs)
     groups, usual = group_runs(runs)
     notes += [f"where a row does not say: {usual}"] if usual else []
+    notes += [f"{name}: two runs of one seed count as two" for (name, _), members in groups.items()
+              if len({run.settings.seed for run in members}) < len(members)]
     notes.append(f"best: by {' or '.join(sorted({metric or run.settings.eval.metric for run in runs}))}")
     places = ["last", "best", *([] if arguments.step is None else [arguments.step])]
     if all(run.evaluation("best", metric) == run.evaluation("last") for run in runs):

@@ -7,6 +7,7 @@ take a `name` and the arguments of the network of that name, which are checked w
 """
 
 import difflib
+import errno
 import json
 import re
 import sys
@@ -36,6 +37,10 @@ def run_script(main: Callable[[], None]) -> None:
         if not isinstance(error, UserError) and raised_in.parent != Path(__file__).parent:
             raise
         sys.exit(f"error: {one_line(error)}")
+    except OSError as error:
+        if error.errno not in (errno.EROFS, errno.EACCES):
+            raise
+        sys.exit(f"error: {error.filename}: {error.strerror}; choose another folder, or have it made writable")
 
 
 def one_line(error: ValueError) -> str:
@@ -222,6 +227,18 @@ class Settings(Section):
         return self
 
 
+class Loader(yaml.SafeLoader):
+    """YAML in which a key that stands twice is an error."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            if str(key.value) in seen:
+                raise yaml.YAMLError(f"the key {str(key.value):.100} stands twice, again in line {key.start_mark.line + 1}")
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+
 def load_settings(path: str | Path, overrides: list[str] = ()) -> Settings:
     """Read a YAML file, apply `key.path=value` overrides, check everything and fill in the defaults.
 
@@ -229,7 +246,7 @@ def load_settings(path: str | Path, overrides: list[str] = ()) -> Settings:
         UserError: unreadable file, unknown key (the nearest right one is named), wrong type or value.
     """
     try:
-        given = yaml.safe_load(Path(path).read_text()) or {}
+        given = yaml.load(Path(path).read_text(), Loader) or {}
     except Exception as error:  # PyYAML raises many kinds of errors on odd values
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(f"{path}: cannot be read as YAML ({reason})") from error
@@ -281,6 +298,9 @@ def check_settings(given: dict, source: str, model: type[BaseModel] = Settings, 
         known = type(section.default).model_fields if inside else model.model_fields
         siblings = [prefix + ".".join([*path[:-1], field]) for field in known]
         near = [key for key in siblings if key.startswith(name)] or difflib.get_close_matches(name, siblings, 1, 0) or siblings
+        if model is Settings and len(path) == 1:  # perhaps its section was left out
+            sections = {key: getattr(type(field.default), "model_fields", ()) for key, field in Settings.model_fields.items()}
+            near = [f"{key}.{name}" for key, section in sections.items() if name in section] or near
         raise UserError(f"{source}: unknown key {name}; did you mean {near[0]}?")
     if not path:  # the message of a check of several keys, which names them
         raise UserError(f"{source}: {reason}")

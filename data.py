@@ -48,7 +48,9 @@ def check(data: DataSettings, arguments: argparse.Namespace) -> None:
         for index, (name, count) in enumerate(zip([*dataset.class_names, "void (unlabelled)"], pixels)):
             print(f"  {index:4d}  {count / max(pixels.sum(), 1):8.3%}  {name}")
         print(f"  {sum(pixels[:-1] == 0)} of {dataset.num_classes} classes have no pixel")
-        ready &= pixels.sum() > 0 and not problems
+        if few := split == "val" and len(dataset) < 2:
+            print("  at least 2 are needed; raise data.holdout, or add pairs")
+        ready &= pixels.sum() > 0 and not few and not problems
     if not ready:
         raise UserError("this data set cannot be trained on; mend the files named above")
     print("ready to train on")

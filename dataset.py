@@ -58,8 +58,8 @@ LAYOUTS = {
 }
 
 
-def _files_by_name(folder: Path, suffixes: set[str], ending: str) -> dict[str, Path]:
-    """The files below a folder by the name of their pair. Raises UserError where two have the same."""
+def files_by_name(folder: Path, suffixes: set[str], ending: str = "") -> dict[str, Path]:
+    """The files below a folder by their names, paths without ending and suffix. Raises UserError where two have the same."""
     files = {}
     for below in sorted(glob.glob("**/*", root_dir=folder, recursive=True)):  # through links, without hidden files
         stem, suffix = os.path.splitext(below)
@@ -184,6 +184,11 @@ def find_pairs(data: DataSettings, split: str) -> tuple[dict[str, tuple[Path, Pa
     """
     if data.instances and (data.name == "scenes" or not LAYOUTS[data.name].instance_ending):
         raise UserError(f"data.instances: {data.name} has no instance maps; set it to false: label maps give edges too")
+    foreign = {"scenes": ("root", "classes", "void", "palette"), "folder": ()}.get(data.name, ("classes", "palette"))
+    for key in foreign:
+        if (value := getattr(data, key)) is not None:
+            raise UserError(f"data.{key} is {value!r:.60}, and data.name {data.name}, which has its own; for data of yours set "
+                            f"data.name=folder, else data.{key}=null")
     if data.name == "scenes":
         return None, []
     root, layout = Path(data.root or ""), LAYOUTS[data.name]
@@ -195,8 +200,8 @@ def find_pairs(data: DataSettings, split: str) -> tuple[dict[str, tuple[Path, Pa
         raise UserError(f"{root}: no folders {wanted} in it; set data.root to the folder that holds them, or, if there "
                         "is only train, hold out a share of it with data.holdout=0.1")
     image_folder, label_folder = found["train" if held_out else split][0]
-    images = _files_by_name(image_folder, IMAGE_SUFFIXES, layout.image_ending)
-    labels = _files_by_name(label_folder, {".png"}, layout.label_ending)
+    images = files_by_name(image_folder, IMAGE_SUFFIXES, layout.image_ending)
+    labels = files_by_name(label_folder, {".png"}, layout.label_ending)
     lonely = [f"{images[name]}: no label map {label_folder / name}{layout.label_ending}.png (PNG, as JPEG changes ids); "
               "add it or remove the image" for name in sorted(images.keys() - labels.keys())]
     lonely += [f"{labels[name]}: no image {image_folder / name}{layout.image_ending}.jpg or .png; add it or remove the "

@@ -88,12 +88,11 @@ def peak_memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 30
 
 
-def hold(path: Path) -> TextIO:
+def hold(path: Path, wait: bool = False) -> TextIO:
     """Lock a file until what is returned is closed, by the end of this process at the latest.
 
-    Raises:
-        BlockingIOError: another process holds it.
+    wait: for another process that holds it. Raises BlockingIOError: another one does, and it is not to be waited for.
     """
     file = open(path, "a")
-    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     return file

@@ -12,6 +12,7 @@ or colors of the config's data set. Images must have the config's data.size; rea
 import argparse
 import itertools
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,7 +21,7 @@ import torch.distributed as dist
 
 from checkpoint import load_generator, whole_file
 from config import Settings, UserError, apply_overrides, check_settings, load_settings, run_script
-from dataset import IMAGE_SUFFIXES, LabeledImages, build_dataset, read_image
+from dataset import IMAGE_SUFFIXES, LabeledImages, build_dataset, files_by_name, read_image
 from distributed import setup_distributed
 from evaluation import build_judges, evaluate_generator
 from interface import sample_seed
@@ -43,19 +44,14 @@ def from_checkpoint(args: argparse.Namespace, device: torch.device) -> Source:
     system = system_for(settings, dataset.num_classes)
     folder = args.checkpoint.absolute().parent  # of train.py's checkpoints, whose cache is shared
     cache = (folder.parents[1] if folder.name == "checkpoints" else folder) / "cache"
+    cache = cache if os.access(cache.parent, os.W_OK) else Path("runs") / "cache"
     source = {"checkpoint": str(args.checkpoint), "step": state["step"]} | system.protocol()
     return system.sampler(generator), dataset, settings, cache, source
 
 
-def image_files(folder: Path) -> dict[str, Path]:
-    """The image files below a folder by their names: paths without suffix."""
-    return {path.relative_to(folder).with_suffix("").as_posix(): path
-            for path in sorted(folder.rglob("*")) if path.suffix.lower() in IMAGE_SUFFIXES}
-
-
 def samples_of(names: list[str], folder: Path) -> list[list[Path]]:
     """The image files of each label map: [NAME.png], or [NAME_0.png, NAME_1.png, ...]. Raises UserError."""
-    files, found = image_files(folder), []
+    files, found = files_by_name(folder, IMAGE_SUFFIXES), []
     for name in names:
         numbered = itertools.takewhile(files.__contains__, (f"{name}_{k}" for k in itertools.count()))
         found.append([files[key] for key in ([name] if name in files else numbered)])
@@ -69,7 +65,7 @@ def samples_of(names: list[str], folder: Path) -> list[list[Path]]:
 
 def from_folders(args: argparse.Namespace) -> Source:
     """What is evaluated with --images. Raises UserError."""
-    settings, maps = load_settings(args.config, args.overrides), image_files(args.labels)
+    settings, maps = load_settings(args.config, args.overrides), files_by_name(args.labels, IMAGE_SUFFIXES)
     if not maps:
         raise UserError(f"{args.labels}: no such folder, or no images in it")
     real, samples = (samples_of(list(maps), folder) for folder in (args.real, args.images))
@@ -118,6 +114,9 @@ def main() -> None:
     folders = args.images, args.labels, args.real
     if any(folders) if args.checkpoint else not all((*folders, args.config)):
         raise UserError("give either --checkpoint, or all of --images, --labels, --real and --config")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    if args.out.is_dir() or not os.access(args.out.parent, os.W_OK):
+        raise UserError(f"--out {args.out}: cannot be written; name a file in another folder")
     rank, world_size, device = setup_distributed()
     generate, dataset, settings, cache, source = (
         from_checkpoint(args, device) if args.checkpoint else from_folders(args))
@@ -126,9 +125,10 @@ def main() -> None:
     metrics = evaluate_generator(generate, dataset, settings, judges, segmenter, device, cache, rank, world_size)
     metrics["protocol"] |= {"source": source, "data": settings.data.model_dump(mode="json")}
     if rank == 0:
+        print(table(metrics))
         with whole_file(args.out) as path:
             path.write_text(json.dumps(metrics, indent=2) + "\n")
-        print(f"{table(metrics)}\n\nwrote {args.out}")
+        print(f"\nwrote {args.out}")
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -258,9 +258,14 @@ class GAN(Trainer):
                 "statistics": self.backbone.statistics() if self.backbone else {}}
 
     def load_state_dict(self, state: dict, optimizers: bool = True) -> None:
+        shapes = lambda part: {name: value.shape for name, value in part.items()}
+        if not optimizers and shapes(state["contrast"]) != shapes(self.contrast.state_dict()):
+            state = {**state, "contrast": self.contrast.state_dict()}  # other scales, as of another size: it starts afresh
         super().load_state_dict(state, optimizers)
         if self.backbone:
             self.backbone.load_statistics(state["statistics"])
+        if not optimizers:  # other images, whose distances were measured
+            return
         distances = state.get("real_distances")
         if distances is None:  # of an earlier version
             distances = state["margins"].cpu() / torch.tensor(state["config"]["loss"]["diversity_margin"]).clamp_min(1e-6)

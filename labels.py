@@ -47,6 +47,11 @@ class LabelFormat:
     def gray(self) -> bool:
         return self.rgb and bool((self.palette[:-1] == self.palette[:-1, :1]).all())
 
+    def classes_of(self, ids: np.ndarray) -> np.ndarray:
+        """What is in a file -> uint8, classes 0..C or UNKNOWN."""
+        place = ids.astype(int, casting="safe").clip(-1, len(self.ids))  # files can have 16 bits, and a sign
+        return np.append(self.ids, np.uint8(UNKNOWN))[place]
+
     def encode(self, label: np.ndarray) -> np.ndarray:
         """Classes 0..C -> what a gray label file of this data set holds: the first id of each class, or its gray."""
         if self.gray:
@@ -93,6 +98,9 @@ def label_format(data: DataSettings) -> LabelFormat:
         classes = str(Path(__file__).parent / "classes" / f"{data.name}.csv")
     if isinstance(classes, str):
         form = read_class_table(classes)
+        if colors is not None:
+            raise UserError(f"data.palette: the colors of the classes are in {classes}; change them there, and set "
+                            "data.palette=null")
         if void is None:
             return form
         ids = np.pad(form.ids, (0, max(0, void + 1 - len(form.ids))), constant_values=UNKNOWN)
@@ -144,8 +152,9 @@ def open_image(path: str | Path, content: bytes | None = None) -> Iterator[Image
 def decode_label(image: Image.Image, path: str | Path, form: LabelFormat) -> np.ndarray:
     """A label picture -> uint8 (H, W) in 0..C.
 
-    Gray and palette pictures hold ids (gray ones colors if all classes are gray). RGB holds the palette's colors, the
-    first class that has a color wins; or, where its channels are equal and no color of the palette, ids.
+    Gray and palette pictures hold ids (gray ones colors if all classes are gray, and all their values are such colors). RGB
+    holds the palette's colors, the first class that has a color wins; or, where its channels are equal and no color of the
+    palette, ids.
     Raises UserError naming the file, the value and the remedy.
     """
     if image.mode == "1" and form.gray:
@@ -159,7 +168,7 @@ def decode_label(image: Image.Image, path: str | Path, form: LabelFormat) -> np.
         if form.rgb and not wrong.any():
             return first[place].astype(np.uint8)
         gray = (values == values[..., :1]).all()
-        if form.rgb and (form.gray or not gray):
+        if form.rgb and not (gray and (not form.gray or (form.classes_of(values[..., 0]) != UNKNOWN).all())):
             raise UserError(f"{path}: color {values[wrong][0].tolist()} is not in the palette; add it to data.palette, "
                             "or save the file again as PNG if it went through JPEG or a smooth resize")
         if not gray:
@@ -167,8 +176,7 @@ def decode_label(image: Image.Image, path: str | Path, form: LabelFormat) -> np.
             raise UserError(f"{path}: RGB colors ({str(colors)[1:-1]} ...) where class ids are expected; "
                             "set data.palette to one [r, g, b] a class")
         values = values[..., 0]
-    place = values.astype(int, casting="safe").clip(-1, len(form.ids))  # files can have 16 bits, and a sign
-    label = np.append(form.ids, np.uint8(UNKNOWN))[place]
+    label = form.classes_of(values)
     bad = values[label == UNKNOWN]
     if not len(bad):
         return label

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from checkpoint import load_generator, newest_checkpoint
 from config import UserError, run_script
-from dataset import EXAMPLES, evenly_spaced, example_pairs
+from dataset import EXAMPLES, evenly_spaced, example_pairs, files_by_name
 from distributed import setup_distributed
 from interface import System
 from labels import read_label_file
@@ -44,7 +44,7 @@ class Studio:
 
     def __init__(self, system: System, generator: torch.nn.Module, state: dict, labels: Path | None):
         self.system, self.generator, self.state, self.size = system, generator, state, system.settings.data.size
-        files = sorted(path for path in labels.rglob("*") if path.suffix.lower() == ".png") if labels else []
+        files = list(files_by_name(labels, {".png"}).values()) if labels else []
         if labels and not files:
             raise UserError(f"{labels}: no label maps; --labels names a folder of PNG files")
         self.files = [files[i] for i in evenly_spaced(len(files), EXAMPLES)]

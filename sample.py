@@ -15,8 +15,10 @@ edges are used, so that touching things of one class are not told apart; models 
 """
 
 import argparse
+import os
 import zlib
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +30,7 @@ from tqdm import tqdm
 from augment import fill_void
 from checkpoint import load_generator, newest_checkpoint
 from config import UserError, run_script
-from dataset import read_instance_map
+from dataset import files_by_name, read_instance_map
 from distributed import gather, setup_distributed
 from interface import System
 from labels import read_label_file
@@ -68,9 +70,9 @@ def check_options(system: System, arguments: argparse.Namespace) -> None:
                             f"has {has}")
 
 
-def image_names(maps: dict[Path, str], count: int, arguments: argparse.Namespace) -> dict[Path, list[str]]:
+def image_names(maps: Iterable[str], count: int, arguments: argparse.Namespace) -> dict[str, list[str]]:
     """The file names of each label map's images. Raises UserError where one would be overwritten."""
-    names = {path: [f"{name}.png"] if count == 1 else [f"{name}_{k}.png" for k in range(count)] for path, name in maps.items()}
+    names = {name: [f"{name}.png"] if count == 1 else [f"{name}_{k}.png" for k in range(count)] for name in maps}
     wanted = Counter([name for group in names.values() for name in group] + ["grid.png"] * arguments.grid)
     for name, times in wanted.items():
         if times > 1:
@@ -84,41 +86,41 @@ def image_names(maps: dict[Path, str], count: int, arguments: argparse.Namespace
 @torch.no_grad()
 def main(arguments: argparse.Namespace) -> None:
     rank, world_size, device = setup_distributed()
-    paths = sorted(p for p in arguments.labels.rglob("*") if p.suffix.lower() == ".png" and arguments.out not in p.parents)
-    maps_named = {path: path.relative_to(arguments.labels).with_suffix("").as_posix() for path in paths}
-    if not paths:
+    files = files_by_name(arguments.labels, {".png"})
+    files = {name: path for name, path in files.items() if arguments.out not in path.parents}
+    if not files:
         raise UserError(f"{arguments.labels}: no label maps; --labels names a folder of PNG files")
     system, generator, state = load_generator(arguments.checkpoint or newest_checkpoint(), device, arguments.config)
     check_options(system, arguments)
     system, size = system.with_options(arguments), system.settings.data.size
     if arguments.resample:
         arguments.resample = find_class(arguments.resample, state["class_names"])
-    names = image_names(maps_named, (arguments.interpolate or 1) * arguments.num, arguments)
-    share, rows = paths[rank::world_size], {}
+    names = image_names(files, (arguments.interpolate or 1) * arguments.num, arguments)
+    share, rows = list(files)[rank::world_size], {}
 
-    def read(path: Path) -> list[torch.Tensor]:
-        name = maps_named[path].replace("_labelIds", "_instanceIds")
-        return read_maps(path, state, size, arguments.instances and arguments.instances / f"{name}{path.suffix}")
+    def read(name: str) -> list[torch.Tensor]:
+        namesake = f"{name.replace('_labelIds', '_instanceIds')}{files[name].suffix}"
+        return read_maps(files[name], state, size, arguments.instances and arguments.instances / namesake)
 
-    for path in tqdm(share, desc="check", leave=False, disable=rank != 0):
-        read(path)
+    for name in tqdm(share, desc="check", leave=False, disable=rank != 0):
+        read(name)
     gather(None)  # nothing is written before every process has checked its share
-    for path in tqdm(share, unit="map", disable=rank != 0):
-        maps = [m.to(device) for m in read(path)]
-        (arguments.out / names[path][0]).parent.mkdir(parents=True, exist_ok=True)
+    for name in tqdm(share, unit="map", disable=rank != 0):
+        maps = [m.to(device) for m in read(name)]
+        (arguments.out / name).parent.mkdir(parents=True, exist_ok=True)
         if arguments.fill_void:
             maps[0] = fill_void(maps[0], len(state["class_names"]))
-        key, images = (arguments.seed, zlib.crc32(maps_named[path].encode())), []
-        for name, image in zip(names[path], system.draw(generator, maps, key, arguments)):
+        key, images = (arguments.seed, zlib.crc32(os.fsencode(name))), []
+        for file, image in zip(names[name], system.draw(generator, maps, key, arguments)):
             images.append(image.permute(1, 2, 0).cpu().numpy())
-            Image.fromarray(images[-1]).save(arguments.out / name)
+            Image.fromarray(images[-1]).save(arguments.out / file)
         if arguments.grid:
             colors = np.array(state["palette"], np.uint8)[maps[0][0].cpu().numpy()]
-            rows[path] = np.concatenate([colors, *images], axis=1)
-    rows = {path: row for part in gather(rows) for path, row in part.items()}
+            rows[name] = np.concatenate([colors, *images], axis=1)
+    rows = {name: row for part in gather(rows) for name, row in part.items()}
     if rank == 0:
         if arguments.grid:
-            Image.fromarray(np.concatenate([rows[path] for path in paths])).save(arguments.out / "grid.png")
+            Image.fromarray(np.concatenate([rows[name] for name in files])).save(arguments.out / "grid.png")
         count = sum(map(len, names.values()))
         print(f"{count} images of {size[0]} x {size[1]} pixels in {arguments.out}")
     if dist.is_initialized():

@@ -17,7 +17,7 @@ from backbones import answers
 from checkpoint import save_checkpoint
 from config import DataSettings, Settings, UserError
 from dataset import build_dataset, leave_signals_to_parent
-from distributed import gather
+from distributed import gather, hold
 from evaluation import cache_file
 from judges import file_sha256, weights_sha256
 from labels import label_format
@@ -142,9 +142,12 @@ def segmenter_for(settings: Settings, cache_dir: str | Path, device: torch.devic
     class_names = label_format(data).class_names
     if source is None:
         dataset, steps = build_dataset(data, "train"), settings.eval.segmenter_steps
-        file = cache_file(cache_dir, "segmenter", RECIPE, dataset, list(range(len(dataset))), class_names, steps)
+        file = cache_file(cache_dir, "segmenter", RECIPE, dataset, list(range(len(dataset))), class_names, steps, data.flip)
         if rank == 0 and not file.is_file():
-            save_checkpoint(train_segmenter(data, steps, device), file)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with hold(file.with_suffix(".lock"), wait=True):  # two runs that start together share one
+                if not file.is_file():
+                    save_checkpoint(train_segmenter(data, steps, device), file)
         gather(None)  # the others wait for the file
         source = str(file)
     try:

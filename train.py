@@ -34,7 +34,8 @@ from plots import draw_curves, read_records
 from segmenter import segmenter_for
 from systems import system_for
 
-DECIDING = ("seed", "data", "generator", "discriminator", "backbone")  # settings that a resumed run must have again
+# Settings that a resumed run must have again
+DECIDING = ("seed", "init_from", "data", "generator", "discriminator", "backbone")
 FREE = ("data.workers", "data.root", "backbone.weights")  # but for these: files may have moved
 
 
@@ -67,7 +68,12 @@ def find_checkpoint(run: Path, settings: Settings, resume: bool) -> Path | None:
                 raise UserError(f"{run}/config.yaml: {key} is {value!r}, now {now.get(key)!r}; resume with the same, or "
                                 f"choose another name=...")
     latest = run / "checkpoints" / "latest.pt"
-    return latest if latest.exists() else None
+    if latest.exists():
+        return latest
+    if others := sorted(latest.parent.glob("*.pt")):
+        raise UserError(f"{latest}: gone, but {others[0].name} is there; copy a checkpoint to that name and go on from it, or "
+                        f"choose another name=...")
+    return None
 
 
 def hold_run(run: Path) -> TextIO:
@@ -85,6 +91,11 @@ def make_run(run: Path, settings: Settings) -> None:
         leftover.unlink(missing_ok=True)
     with whole_file(run / "config.yaml") as path:
         path.write_text(yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False))
+
+
+def evaluated(run: Path, step: int) -> bool:
+    """Whether there is an evaluation of a step."""
+    return any(record["step"] == step for record in read_records(run / "metrics.jsonl"))
 
 
 def check_fit(settings: Settings, trainer: Trainer, world_size: int) -> None:
@@ -136,7 +147,7 @@ def write_samples(path: Path, trainer: Trainer, dataset: LabeledImages, count: i
 
 def start_networks(trainer: Trainer, settings: Settings, dataset: Dataset,
                    source: Path | None) -> tuple[int, list[torch.Tensor]]:
-    """Load a checkpoint or measure what training needs.
+    """Load the checkpoint `source`; else measure what training needs, and load the networks of `init_from` if there is one.
 
     Returns:
         The step to start from, and batches of label maps (16, H, W) of the training split.
@@ -145,13 +156,17 @@ def start_networks(trainer: Trainer, settings: Settings, dataset: Dataset,
     images, maps = zip(*(dataset[i][:2] for i in order[: settings.data.calibration_images].tolist()))
     maps = [batch.to(trainer.device).long() for batch in torch.stack(maps).split(16)]
     file = source or settings.init_from
-    if not file:
+    if not source:
         trainer.calibrate([batch.to(trainer.device).float() / 127.5 - 1 for batch in torch.stack(images).split(16)])
+    if not file:
         return 0, maps
     state = load_checkpoint(file, trainer.device)
     if len(state["class_names"]) != trainer.num_classes:
         raise UserError(f"{file}: trained on {len(state['class_names'])} classes, the data set has {trainer.num_classes}; "
                         f"choose the data set it was trained on")
+    if source and list(state["class_names"]) != list(dataset.class_names):
+        raise UserError(f"{file}: its classes are {', '.join(state['class_names']):.200}, now they are "
+                        f"{', '.join(dataset.class_names):.200}; resume with the same in the same order")
     try:
         trainer.load_state_dict(state, optimizers=bool(source))
     except (RuntimeError, KeyError, ValueError) as error:
@@ -178,6 +193,10 @@ def main(settings: Settings, resume: bool) -> None:
     check_fit(settings, trainer, world_size)
     judges = build_judges(settings.eval, held_out, device)
     first, maps = start_networks(trainer, settings, dataset, source)
+    if source and first == train.steps and from_first_process(lambda: evaluated(run, first)):
+        if rank == 0:
+            print(f"{run}: has reached step {first}; raise train.steps to go on, or measure anew with evaluate.py")
+        return
     cache = run.parent / "cache"  # what the judges know of the real images, shared by all runs
     segmenter = segmenter_for(settings, cache, device, rank)
     if rank == 0:
@@ -201,13 +220,13 @@ def main(settings: Settings, resume: bool) -> None:
         metrics = evaluate_generator(system.sampler(trainer.ema), held_out, settings, judges, segmenter, device, cache, rank,
                                      world_size)
         if rank == 0:
-            if recorder.score(metrics) < recorder.best:
+            if recorder.score(metrics) < recorder.best(metrics):
                 copy_checkpoint(run / "checkpoints" / "latest.pt", run / "checkpoints" / "best.pt")
             recorder.evaluation({"step": step, **metrics})
             records = [record for name in ("metrics.jsonl", "log.jsonl") for record in read_records(run / name)]
             draw_curves({run.name: [records]}, run / "curves.png")
 
-    if source and due(train.eval_every, first) and from_first_process(lambda: recorder.latest["step"] < first):
+    if source and due(train.eval_every, first) and not from_first_process(lambda: evaluated(run, first)):
         evaluate(first)  # the run ended after its save
     pending, since = [], time.time()
     bar = tqdm(loader, initial=first, total=train.steps, disable=rank != 0, unit="step", dynamic_ncols=True)
@@ -234,7 +253,7 @@ def main(settings: Settings, resume: bool) -> None:
             save(run, step, settings, dataset, trainer)
         if evaluating and not stopping:
             evaluate(step)
-        since = time.time() if saving else since
+        since = time.time() if saving or sampling else since
         if stopping:
             bar.close()
             if rank == 0:
@@ -243,7 +262,7 @@ def main(settings: Settings, resume: bool) -> None:
     else:
         bar.close()
         if rank == 0:
-            print("\n".join(f"{name:32} {value:.4g}" for name, value in recorder.latest.items()
+            print("\n".join(f"{name:32} {value:.4g}" for name, value in recorder.evaluations[-1].items()
                             if isinstance(value, (int, float))))
             print(f"samples: {run}/samples/{train.steps:07d}.png\ncheckpoint: {run}/checkpoints/latest.pt")
     if dist.is_initialized():
@@ -256,20 +275,19 @@ def save(run: Path, step: int, settings: Settings, dataset: LabeledImages, train
     save_checkpoint({"config": settings.model_dump(mode="json"), **label_state(dataset.form), "step": step,
                      **trainer.state_dict()}, folder / "latest.pt")
     copy_checkpoint(folder / "latest.pt", folder / f"{step:07d}.pt")
-    by_age = sorted(folder.glob("[0-9]*.pt"), key=lambda path: path.stat().st_mtime)  # a run may have gone back
-    for old in by_age[: -settings.train.keep]:
+    numbered = [path for path in folder.glob("*.pt") if path.stem.isdigit()]
+    for old in sorted(numbered, key=lambda path: path.stat().st_mtime)[: -settings.train.keep]:  # a run may have gone back
         old.unlink()
 
 
 class Recorder:
-    """log.jsonl and metrics.jsonl, and what train.tracker names; remembers the best evaluation."""
+    """log.jsonl and metrics.jsonl, and what train.tracker names; remembers the evaluations."""
 
     def __init__(self, run: Path, first: int, settings: Settings):
         self.run, self.metric, self.started = run, settings.eval.metric, time.time()
         steps, evaluations = (self.lines_until(run / name, first) for name in ("log.jsonl", "metrics.jsonl"))
         self.minutes = steps[-1].get("minutes", 0) if steps else 0
-        self.latest = evaluations[-1] if evaluations else {"step": -1}
-        self.best = min(map(self.score, evaluations), default=math.inf)
+        self.evaluations = evaluations
         self.track = lambda numbers, step: None
         if settings.train.tracker == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
@@ -297,8 +315,13 @@ class Recorder:
             return math.inf
         return -value if higher_is_better(self.metric) else value
 
+    def best(self, metrics: dict) -> float:
+        """The best score among earlier evaluations by the same protocol."""
+        rests = lambda record: {k: v for k, v in record["protocol"].items() if k not in ("versions", "platform")}
+        return min((self.score(earlier) for earlier in self.evaluations if rests(earlier) == rests(metrics)), default=math.inf)
+
     def evaluation(self, metrics: dict) -> None:
-        self.latest, self.best = metrics, min(self.best, self.score(metrics))
+        self.evaluations.append(metrics)
         self.write("metrics.jsonl", metrics)
 
     def write(self, name: str, record: dict) -> None:

@@ -111,6 +111,10 @@ def test_what_cannot_be_compared_is_said(four_runs, tmp_path, capsys):
     assert "none: no run; " in said and "camvid: another data set than " in said
     with pytest.raises(UserError, match="such as runs/NAME; left out"):
         call(tmp_path / "none")
+    with pytest.raises(UserError, match="--metric miuo: no run has it; there are fd_tf_efficientnet_lite2, miou"):
+        call(*four_runs, metric="miuo")
+    call(four_runs[0], write_run(tmp_path / "runs/a_copy", [{"step": 2, "miou": 0.5}], loss={"contrastive": 0.3}))
+    assert "a: two runs of one seed count as two" in capsys.readouterr().out
 
 
 def test_curves_are_means_in_bands():
@@ -211,7 +215,11 @@ def test_a_failed_run_is_named_the_others_go_on_and_rows_keep_their_meaning(abla
     assert process.exitcode == 0 and said.count("not finished, error: no memory") == 2 and said.count(": done") == 4
     call(run=ablation, print=True)
     assert capsys.readouterr().out.splitlines() == lines[4:]
-    ablation.write_text(ablation.read_text().replace("loss.contrastive=0", "loss.contrastive=0.1"))
+    text = ablation.read_text()
+    ablation.write_text(text.replace("concat:", "w/o:"))
+    with pytest.raises(UserError, match="name is 'abl_w/o_0'; it is the name of one folder"):
+        call(run=ablation)
+    ablation.write_text(text.replace("loss.contrastive=0", "loss.contrastive=0.1"))
     with pytest.raises(UserError, match=r"no_contrastive_0/config.yaml: loss.contrastive is 0.0, in .*abl.yaml 0.1; "):
         call(run=ablation)
 

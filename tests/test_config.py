@@ -12,6 +12,7 @@ from config import Settings, check_settings, load_settings, run_script
     (["train.step=5"], ["train.step", "train.steps"]),
     (["trian.steps=5"], ["trian", "train"]),
     (["train.lr=5"], ["did you mean train.lr_generator?"]),
+    (["lr_generator=5"], ["did you mean train.lr_generator?"]),
     (["train.steps=" + "many" * 1000], ["train.steps", "many", "integer"]),
     (["train.steps=0"], ["train.steps is 0; "]),
     (["train.betas=[a, 0.9]"], ["train.betas is ['a', 0.9]; "]),
@@ -58,9 +59,11 @@ def test_the_schema_is_of_these_settings_and_every_file_keeps_to_them(call, caps
             assert (path.parent / modeline[2]).resolve() == ROOT / "config.schema.json"
 
 
-def test_errors_are_one_line_but_a_bug_keeps_its_traceback(call):
-    with pytest.raises(SystemExit, match="^error: nowhere.yaml: cannot be read"):
-        call("train.py", "--config", "nowhere.yaml")
+def test_errors_are_one_line_but_a_bug_keeps_its_traceback(call, tmp_path):
+    (tmp_path / "twice.yaml").write_text("train: {steps: 5}\n\ntrain: {batch_size: 4}\n")
+    for file, message in ("nowhere.yaml", "cannot be read"), ("twice.yaml", ".*the key train stands twice, again in line 3"):
+        with pytest.raises(SystemExit, match=f"^error: {file}: {message}"):
+            call("train.py", "--config", file)
     with pytest.raises(SystemExit, match="^error: generator.noise is 'x'"):
         run_script(lambda: models.Generator(3, noise="x"))  # a ValueError of a file of ours
     with pytest.raises(ValueError):

@@ -151,6 +151,12 @@ def test_instance_maps_share_crop_and_flip_with_their_labels(tmp_path):
         build_dataset(settings(None, "scenes", instances=True), "train")
 
 
+@pytest.mark.parametrize("name, changes", [("scenes", {}), ("ade20k", {"classes": 3})])
+def test_settings_of_ones_own_data_without_its_name(tmp_path, name, changes):
+    with pytest.raises(UserError, match=f"data.name {name}, which has its own; for data of yours set data.name=folder"):
+        build_dataset(settings(tmp_path, name, **changes), "train")
+
+
 def test_crops_cover_the_picture_and_flips_are_fair(tmp_path):
     label = np.arange(200, dtype=np.uint8).reshape(10, 20)
     put(tmp_path / "train/images/a.png", np.repeat(label[..., None], 3, 2))
@@ -173,7 +179,7 @@ def test_crops_cover_the_picture_and_flips_are_fair(tmp_path):
 @pytest.mark.parametrize("name", ["scenes", "folder"])
 def test_augmentation_follows_seed_and_draw_alone(tmp_path, name):
     tree(tmp_path, ids(0, 1, 2))
-    config = settings(tmp_path, name, size=[24, 24], load_scale=1.5, flip=True)
+    config = settings(None if name == "scenes" else tmp_path, name, size=[24, 24], load_scale=1.5, flip=True)
     look = lambda seed, draws: [build_dataset(config, "train", seed, True)[0, n][0].numpy().tobytes() for n in draws]
     pairs = look(3, range(20))
     assert look(3, reversed(range(20))) == pairs[::-1] and look(4, range(20)) != pairs and len(set(pairs)) > 5

@@ -32,6 +32,8 @@ def test_real_images_against_themselves(folders, call):
     for more in ([], ["--config", "config.yaml", "--checkpoint", "latest.pt"], ["--checkpoint", "latest.pt"]):
         with pytest.raises(SystemExit, match="give either --checkpoint, or all of"):
             call("evaluate.py", *arguments, *more)
+    with pytest.raises(SystemExit, match="--out real: cannot be written"):
+        call("evaluate.py", *arguments, "--config", "config.yaml", "--out", "real")
     together(folders, 2, call, "evaluate.py", *arguments, "--config", "config.yaml")
     metrics, shown = json.loads((folders / "metrics.json").read_text()), (folders / "out.txt").read_text()
     assert metrics["num_images"] == 6 and metrics["fd_stlpips_alex"] == pytest.approx(0, abs=1e-4)

@@ -84,6 +84,17 @@ def test_class_table_of_ones_own(tmp_path, dog):
     assert form.ids[[40, dog, 7, 65535 if dog < 65535 else 9]].tolist() == [0, 1 if dog < 65535 else 2, 2, 2]
 
 
+def test_a_table_of_gray_colors_has_ids_all_the_same(tmp_path):
+    """Of a 0/1 mask; one of colors is read by them."""
+    table = tmp_path / "mine.csv"
+    table.write_text("id,name,r,g,b\n0,void,0,0,0\n1,lesion,255,255,255\n")
+    for label in (ids(0, 1), ids(0, 255)):
+        tree(tmp_path, label)
+        assert np.array_equal(build_dataset(settings(tmp_path, classes=str(table)), "train")[0][1], ids(1, 0)), label
+    with pytest.raises(UserError, match="data.palette: the colors of the classes are in .*mine.csv"):
+        label_format(settings(tmp_path, classes=str(table), palette=COLORS))
+
+
 def test_default_palette_is_the_voc_map():
     palette = label_format(settings("", classes=254)).palette
     assert palette[[0, 1, 2, 3, -1]].tolist() == [[128, 0, 0], [0, 128, 0], [128, 128, 0], [0, 0, 128], [0, 0, 0]]

@@ -48,7 +48,7 @@ def test_learns_and_is_kept(given, tmp_path, monkeypatch):
     monkeypatch.setattr("segmenter.train_segmenter", lambda *args: pytest.fail("trained twice"))
     assert segmenter_of(given, tmp_path).description == segmenter.description
     assert segmenter_of(given, segmenter=str(next(tmp_path.glob("*.pt")))).description == segmenter.description
-    for changed, steps in (({}, 2), ({"size": [24, 16]}, 40), ({"classes": ["sky", "road", "tree"]}, 40)):
+    for changed, steps in (({}, 2), ({"flip": False}, 40), ({"size": [24, 16]}, 40), ({"classes": ["sky", "road", "tree"]}, 40)):
         with pytest.raises(pytest.fail.Exception, match="trained twice"):  # another segmenter
             segmenter_of(given | changed, tmp_path, segmenter_steps=steps)
 

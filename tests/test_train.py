@@ -33,7 +33,7 @@ def test_batches_are_the_same_however_many_processes():
     assert len(list(batches(10, 8, range(5), range(8), seed=2 ** 63 - 1))) == 5
 
 
-def test_run_folder_and_exact_resume(train, tiny_config, tmp_path):
+def test_run_folder_and_exact_resume(train, tiny_config, tmp_path, capsys):
     """Steps 3 and 4 of a run stopped at 2 equal those of an unbroken run bit for bit; a run is never overwritten."""
     whole, parts = (tmp_path / "runs" / name for name in ("whole", "parts"))
     train(tiny_config, "name=whole")
@@ -59,6 +59,13 @@ def test_run_folder_and_exact_resume(train, tiny_config, tmp_path):
     train(tiny_config, "name=whole", "train.steps=3", "train.save_every=1", "train.keep=1", resume=True)
     steps = {p.name: torch.load(p, weights_only=True)["step"] for p in (whole / "checkpoints").iterdir()}
     assert steps == {"0000003.pt": 3, "latest.pt": 3, "best.pt": steps["best.pt"]}
+    written = (whole / "config.yaml").read_text()
+    train(tiny_config, "name=whole", "train.steps=3", "loss.rough=0.5", resume=True)
+    assert "has reached step 3; raise train.steps to go on" in capsys.readouterr().out
+    assert (whole / "config.yaml").read_text() == written  # of what was used
+    (whole / "checkpoints/latest.pt").unlink()
+    with pytest.raises(UserError, match="latest.pt: gone, but 0000003.pt is there"):
+        train(tiny_config, "name=whole", "train.steps=4", resume=True)
 
 
 @pytest.mark.parametrize("processes, accumulation, diversity, tolerance",
@@ -98,13 +105,21 @@ def test_fine_tuning_and_a_folder_of_ones_own(train, tiny_config, tmp_path, fold
     train(tiny_config, "name=tuned", "train.steps=1", "train.lr_generator=0", source)
     before, tuned = (latest(tmp_path / "runs" / name)["generator"] for name in ("tiny", "tuned"))
     torch.testing.assert_close(tuned, before, rtol=0, atol=0)
+    train(tiny_config, "name=larger", "train.steps=1", "data.size=64", source)  # the contrastive loss sees other scales
+    margins = [latest(tmp_path / "runs" / name)["real_distances"] for name in ("tiny", "tuned", "larger")]
+    assert torch.equal(margins[0], margins[1]) and not torch.equal(margins[0], margins[2])
     own = ["name=own", "train.steps=1", "data.name=folder", f"data.root={folder_data}", "data.classes=3"]
     with pytest.raises(UserError, match=r"\.png.*255"):  # it occurs and is not declared void
         train(tiny_config, *own)
     with pytest.raises(UserError, match="latest.pt.* 12 classes.* 3;"):
         train(tiny_config, *own, "data.void=255", source)
     assert not (tmp_path / "runs/own").exists()
-    train(tiny_config, *own, "data.void=255")
+    table, rows = tmp_path / "mine.csv", ["id,name,r,g,b", "0,a,1,0,0", "1,b,2,0,0", "2,c,3,0,0", "255,void,0,0,0"]
+    table.write_text("\n".join(rows))
+    train(tiny_config, *own, f"data.classes={table}")
+    table.write_text("\n".join(rows[:1] + rows[2:] + rows[1:2]))
+    with pytest.raises(UserError, match="latest.pt: its classes are a, b, c, now they are b, c, a; resume with the same"):
+        train(tiny_config, *own, f"data.classes={table}", resume=True)
 
 
 def test_a_process_that_never_comes_ends_the_wait(train, tiny_config, monkeypatch):
