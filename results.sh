@@ -133,18 +133,11 @@ section_8() {  # goes on from the runs of section 3
   done
   once 8/truncation_1_1.7.txt python evaluate.py --checkpoint runs/systems_dp_sims_1/checkpoints/0002000.pt eval.truncation=1.7 \
     --out results/8/truncation_1_1.7.json
-  for name in control rough; do
-    if [ ! -e runs/camvid128_$name ]; then
-      rm -rf runs/camvid128_copy && cp -r runs/systems_dp_sims_0 runs/camvid128_copy && mv runs/camvid128_copy runs/camvid128_$name
-    fi
-  done
-  python train.py --config configs/camvid128.yaml name=camvid128_control train.steps=2400 --resume &
-  python train.py --config configs/camvid128.yaml name=camvid128_rough loss.rough=0.5 train.steps=2400 --resume
-  wait $!
+  python train.py --config configs/camvid128.yaml name=camvid128_rough loss.rough=0.5 --resume
   for kind in downsample edges random; do
-    for checkpoint in systems_dp_sims_0/checkpoints/0002000 camvid128_{control,rough}/checkpoints/0002400; do
-      once 8/$kind/${checkpoint%%/*}.txt python evaluate.py --checkpoint runs/$checkpoint.pt eval.rough=$kind \
-        --out results/8/$kind/${checkpoint%%/*}.json
+    for run in systems_dp_sims_0 camvid128_rough; do
+      once 8/$kind/$run.txt python evaluate.py --checkpoint runs/$run/checkpoints/0002000.pt eval.rough=$kind \
+        --out results/8/$kind/$run.json
     done
   done
   python compare.py --run configs/few_images.yaml --out results/8/few_images
