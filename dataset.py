@@ -184,7 +184,7 @@ def find_pairs(data: DataSettings, split: str) -> tuple[dict[str, tuple[Path, Pa
     """
     if data.instances and (data.name == "scenes" or not LAYOUTS[data.name].instance_ending):
         raise UserError(f"data.instances: {data.name} has no instance maps; set it to false: label maps give edges too")
-    foreign = {"scenes": ("root", "classes", "void", "palette"), "folder": ()}.get(data.name, ("classes", "palette"))
+    foreign = {"scenes": ("root", "classes", "void", "palette"), "folder": ()}.get(data.name, ("classes",))
     for key in foreign:
         if (value := getattr(data, key)) is not None:
             raise UserError(f"data.{key} is {value!r:.60}, and data.name {data.name}, which has its own; for data of yours set "

@@ -112,7 +112,8 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
     args = parser.parse_intermixed_args()
     folders = args.images, args.labels, args.real
-    if any(folders) if args.checkpoint else not all((*folders, args.config)):
+    one_form = not any(folders) if args.checkpoint else all((*folders, args.config))
+    if not one_form:
         raise UserError("give either --checkpoint, or all of --images, --labels, --real and --config")
     args.out.parent.mkdir(parents=True, exist_ok=True)
     if args.out.is_dir() or not os.access(args.out.parent, os.W_OK):

@@ -168,7 +168,8 @@ def decode_label(image: Image.Image, path: str | Path, form: LabelFormat) -> np.
         if form.rgb and not wrong.any():
             return first[place].astype(np.uint8)
         gray = (values == values[..., :1]).all()
-        if form.rgb and not (gray and (not form.gray or (form.classes_of(values[..., 0]) != UNKNOWN).all())):
+        holds_ids = gray and (not form.gray or (form.classes_of(values[..., 0]) != UNKNOWN).all())
+        if form.rgb and not holds_ids:
             raise UserError(f"{path}: color {values[wrong][0].tolist()} is not in the palette; add it to data.palette, "
                             "or save the file again as PNG if it went through JPEG or a smooth resize")
         if not gray:

@@ -42,6 +42,10 @@ END
     once 1/$images.txt python evaluate.py --images results/1/$images --labels results/1/val/labels --real results/1/val/images \
       --config config.yaml --out results/1/$images.json
   done
+  for seed in 0 1; do
+    once 1/truncation_$seed.txt python evaluate.py --checkpoint runs/quickstart_quick_start_$seed/checkpoints/latest.pt \
+      eval.truncation=1.5 --out results/1/truncation_$seed.json
+  done
   once 1/samples.txt python sample.py --labels results/1/val/labels --out results/1/samples \
     --checkpoint runs/quickstart_quick_start_0/checkpoints/latest.pt
   once 1/spectrum.txt python - <<'END'

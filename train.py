@@ -317,7 +317,7 @@ class Recorder:
 
     def best(self, metrics: dict) -> float:
         """The best score among earlier evaluations by the same protocol."""
-        rests = lambda record: {k: v for k, v in record["protocol"].items() if k not in ("versions", "platform")}
+        rests = lambda record: {k: v for k, v in record.get("protocol", {}).items() if k not in ("versions", "platform")}
         return min((self.score(earlier) for earlier in self.evaluations if rests(earlier) == rests(metrics)), default=math.inf)
 
     def evaluation(self, metrics: dict) -> None:

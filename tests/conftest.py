@@ -75,6 +75,17 @@ def write_checkpoint(path: Path, **changes) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A model with random weights, and a label map with the name that the page saves."""
+    import scenes
+    folder = tmp_path_factory.mktemp("paint")
+    write_checkpoint(folder / "runs/tiny/checkpoints/latest.pt")
+    (folder / "labels").mkdir()
+    Image.fromarray(scenes.render("val", 3, (32, 32))[1]).save(folder / "labels/painted.png")
+    return folder
+
+
 @pytest.fixture
 def label_maps(tmp_path) -> Path:
     """A folder of three label maps as ids."""
