@@ -29,7 +29,7 @@ from dataset import build_dataset, evenly_spaced
 from distributed import hold
 from evaluation import higher_is_better
 from interface import sample_seed
-from plots import draw_curves, draw_strips, is_headline, read_records
+from plots import draw_curves, draw_strips, evaluated, is_headline, read_records
 from systems import system_for
 
 TRAIN = Path(__file__).parent / "train.py"
@@ -93,11 +93,6 @@ def in_training(folder: Path) -> bool:
     return False
 
 
-def finished(folder: Path, settings: Settings) -> bool:
-    """Whether a run has its last evaluation."""
-    return any(record["step"] == settings.train.steps for record in read_records(folder / "metrics.jsonl"))
-
-
 def read_runs(folders: list[Path]) -> tuple[list[Run], list[str]]:
     """The runs that can be compared; sentences on those that cannot or are unfinished. Raises UserError for none."""
     runs, notes = [], []
@@ -108,7 +103,7 @@ def read_runs(folders: list[Path]) -> tuple[list[Run], list[str]]:
                 if runs and getattr(run.settings.data, key) != getattr(runs[0].settings.data, key):
                     raise UserError(f"{folder}: another data set than {runs[0].folder}, data.{key} differs")
             runs.append(run)
-            notes += [] if finished(folder, run.settings) else [run.state()]
+            notes += [] if evaluated(folder, run.settings.train.steps) else [run.state()]
         except UserError as error:
             notes.append(f"{error}; left out")
     if not runs:
@@ -269,15 +264,15 @@ def train_all(at_once: int, plan: dict[Path, tuple[Settings, list[str]]]) -> Non
         for folder in folders:
             settings, command = plan[folder]
             folder.mkdir(parents=True, exist_ok=True)
-            while not finished(folder, settings):
+            while not evaluated(folder, settings.train.steps):
                 hold(folder / "lock", wait=True).close()  # who trains it now ends first
-                if finished(folder, settings):
+                if evaluated(folder, settings.train.steps):
                     break
                 print(f"{folder}: training", flush=True)
                 with open(folder / "output.txt", "a") as output:
                     subprocess.run(command, stdout=output, stderr=output, env={"TQDM_MININTERVAL": "60", **os.environ})
                 *_, said = ["nothing said", *(folder / "output.txt").read_text().splitlines()]
-                print(f"{folder}: {'done' if finished(folder, settings) else f'not finished, {said}'}", flush=True)
+                print(f"{folder}: {'done' if evaluated(folder, settings.train.steps) else f'not finished, {said}'}", flush=True)
                 if not in_training(folder):  # or another process was faster
                     break
 
@@ -294,7 +289,7 @@ def main(arguments: argparse.Namespace) -> None:
         at_once, plan = plan_ablation(arguments.run)
         if arguments.print:
             for folder, (settings, command) in plan.items():
-                if not finished(folder, settings):
+                if not evaluated(folder, settings.train.steps):
                     print(shlex.join(command))
             return
         train_all(at_once, plan)

@@ -38,9 +38,10 @@ def run_script(main: Callable[[], None]) -> None:
             raise
         sys.exit(f"error: {one_line(error)}")
     except OSError as error:
-        if error.errno not in (errno.EROFS, errno.EACCES):
+        if error.errno not in (errno.EROFS, errno.EACCES, errno.ENOSPC, errno.EDQUOT):
             raise
-        sys.exit(f"error: {error.filename}: {error.strerror}; choose another folder, or have it made writable")
+        sys.exit(f"error: {error.filename or Path.cwd()}: {error.strerror}; free space, choose another folder, or have it "
+                 f"made writable; a run goes on with --resume")
 
 
 def one_line(error: ValueError) -> str:
@@ -295,13 +296,16 @@ def check_settings(given: dict, source: str, model: type[BaseModel] = Settings, 
     path = [str(part)[:100] for part in first["loc"][: 2 if inside else 1]]  # behind it: a place in a value
     name, reason = prefix + ".".join(path), first["msg"].removeprefix("Value error, ")
     if first["type"] in ("extra_forbidden", "invalid_key"):  # the latter is no text, such as 5 or true
-        known = type(section.default).model_fields if inside else model.model_fields
-        siblings = [prefix + ".".join([*path[:-1], field]) for field in known]
-        near = [key for key in siblings if key.startswith(name)] or difflib.get_close_matches(name, siblings, 1, 0) or siblings
-        if model is Settings and len(path) == 1:  # perhaps its section was left out
-            sections = {key: getattr(type(field.default), "model_fields", ()) for key, field in Settings.model_fields.items()}
-            near = [f"{key}.{name}" for key, section in sections.items() if name in section] or near
-        raise UserError(f"{source}: unknown key {name}; did you mean {near[0]}?")
+        siblings = type(section.default).model_fields if inside else model.model_fields
+        known = [prefix + ".".join([*path[:-1], field]) for field in siblings]
+        if not inside:  # perhaps its section was left out
+            known += [f"{key}.{field}" for key, part in siblings.items()
+                      for field in getattr(type(part.default), "model_fields", ())]
+        word = lambda key: key.rpartition(".")[2]
+        likeness = {key: (key.startswith(name) or word(key).startswith(name),
+                          difflib.SequenceMatcher(None, word(name), word(key)).ratio()) for key in known}
+        nearest = [key for key in known if likeness[key] == max(likeness.values())]
+        raise UserError(f"{source}: unknown key {name}; did you mean {' or '.join(nearest)}?")
     if not path:  # the message of a check of several keys, which names them
         raise UserError(f"{source}: {reason}")
     value = given[path[0]] if len(path) == 1 else given[path[0]].get(path[1])

@@ -25,6 +25,11 @@ def read_records(path: Path) -> list[dict]:
     return [flatten(json.loads(line)) for line in takewhile(lambda line: line.endswith(b"}\n"), lines)]
 
 
+def evaluated(run: Path, step: int) -> bool:
+    """Whether a run has an evaluation of this step."""
+    return any(record["step"] == step for record in read_records(run / "metrics.jsonl"))
+
+
 def is_headline(name: str) -> bool:
     """Whether it is a loss or metric of the model: not of one class, of real images, of KID's subsets, nor a rate."""
     plain = name.partition(" (")[0]

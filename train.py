@@ -4,7 +4,6 @@ Everything goes to runs/NAME/: config.yaml, log.jsonl, metrics.jsonl, curves.png
 """
 
 import argparse
-import errno
 import json
 import math
 import os
@@ -30,7 +29,7 @@ from dataset import LabeledImages, build_dataset, evenly_spaced, leave_signals_t
 from distributed import any_process, from_first_process, hold, peak_memory, setup_distributed
 from evaluation import build_judges, evaluate_generator, higher_is_better, metric_names
 from interface import Trainer
-from plots import draw_curves, read_records
+from plots import draw_curves, evaluated, read_records
 from segmenter import segmenter_for
 from systems import system_for
 
@@ -91,11 +90,6 @@ def make_run(run: Path, settings: Settings) -> None:
         leftover.unlink(missing_ok=True)
     with whole_file(run / "config.yaml") as path:
         path.write_text(yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False))
-
-
-def evaluated(run: Path, step: int) -> bool:
-    """Whether there is an evaluation of a step."""
-    return any(record["step"] == step for record in read_records(run / "metrics.jsonl"))
 
 
 def check_fit(settings: Settings, trainer: Trainer, world_size: int) -> None:
@@ -340,9 +334,5 @@ if __name__ == "__main__":
     arguments = parser.parse_intermixed_args()
     try:
         run_script(lambda: main(load_settings(arguments.config, arguments.overrides), arguments.resume))
-    except OSError as error:  # of the log or the samples; checkpoints have their own message
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        sys.exit(f"error: runs: cannot be written ({error.strerror}); free space and go on with --resume")
     except KeyboardInterrupt:  # until the first step; then a flag is set
         sys.exit("stopped before the first step; nothing to save")
