@@ -161,7 +161,8 @@ class TrainSettings(Section):
     lr_discriminator: Weight = key(4e-4, "Adam")
     betas: tuple[Share, Share] = key((0.0, 0.99), "Adam's")
     fresh_fakes: Flag = key(False, "the discriminator's fakes come from the updated generator, for one more forward pass")
-    ema: Share = key(0.999, "decay of the generator's moving average, the model that is sampled and evaluated")
+    ema: Share = key(0.999, "decay of the generator's moving average, the model that is sampled and evaluated; at most "
+                       "(1 + step) / (10 + step), unless init_from is given")
     log_every: Count = key(10, "steps")
     sample_every: Whole = key(200, "steps; 0 = only at the end")
     eval_every: Whole = key(0, "steps; 0 = only at the end")

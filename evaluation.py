@@ -196,10 +196,11 @@ def figures(fake: dict, real: dict, distances: list[float], class_names: list[st
     distance, kernel, *_, diversity = metric_names(settings)
     features, features_real = (torch.cat(judged["features"]).double() for judged in (fake, real))
     metrics = {"num_images": len(features), distance: formulas.frechet_distance(features, features_real)}
+    subset = min(settings.kid_subset_size, len(features))
     kid = kid_features_to_metric(features, features_real, kid_subsets=settings.kid_subsets, verbose=False,
-                                 kid_subset_size=min(settings.kid_subset_size, len(features)))
+                                 kid_subset_size=subset)
     metrics[kernel] = kid["kernel_inception_distance_mean"]
-    metrics[f"{kernel}_std"] = kid["kernel_inception_distance_std"]
+    metrics[f"{kernel}_std"] = kid["kernel_inception_distance_std"] if subset < len(features) else None  # all are the same
     scores, scores_real = (formulas.segmentation_scores(judged["confusion"], class_names) for judged in (fake, real))
     metrics |= scores | {f"{key}_real": value for key, value in scores_real.items()}
     if distances:

@@ -53,6 +53,7 @@ class Trainer:
         parts: names of the attributes (networks, optimisers) whose state dicts make up a checkpoint. "ema" must be one:
             scripts load no other network.
         rates: name of an optimiser -> (its key in the settings' `train`, its learning rate).
+    train.py sets `fine_tuned` where ema started as that of another run (init_from): it keeps its weight then.
     """
 
     num_classes: int
@@ -61,6 +62,7 @@ class Trainer:
     ema: nn.Module
     parts: tuple[str, ...]
     rates: dict[str, tuple[str, float]]
+    fine_tuned = False
 
     def step(self, image: Tensor, label_map: Tensor, step: int, samples: list[int], *instances: Tensor) -> dict[str, Tensor]:
         """Update every network once. Nothing is done around it, so it must itself
@@ -93,10 +95,11 @@ class Trainer:
 
     @torch.no_grad()
     def update_ema(self, decay: float, step: int) -> None:
-        """ema <- decay * ema + (1 - decay) * generator, with less memory in the first steps."""
+        """ema <- d ema + (1 - d) generator; d is the decay, or (1 + step) / (10 + step) if that is less, as the first
+        weights of a run are worth little."""
         tensors = [[t for t in network.state_dict().values() if t.is_floating_point()]
                    for network in (self.ema, self.generator)]
-        torch._foreach_lerp_(*tensors, 1 - min(decay, (1 + step) / (10 + step)))
+        torch._foreach_lerp_(*tensors, 1 - (decay if self.fine_tuned else min(decay, (1 + step) / (10 + step))))
 
     def state_dict(self) -> dict:
         """All that training needs to go on exactly."""

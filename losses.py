@@ -109,12 +109,13 @@ def diversity_distances(image1: torch.Tensor, image2: torch.Tensor, weight: torc
 
 def diversity_loss(image1: torch.Tensor, image2: torch.Tensor, region: torch.Tensor,
                    margins: torch.Tensor) -> torch.Tensor:
-    """Mean over views of max(0, 1 - d / margin), d a mean over the batch: two noises must give different images, but no
-    more [DP-SIMS]. A margin for every pair alone would drive one-dimensional things, such as brightness, to two extremes.
+    """s times the mean over views of max(0, 1 - d / margin), d the mean distance of the s (0..1) of the pairs that have a
+    region: two noises must give different images, but no more [DP-SIMS]. A margin for every pair alone would drive
+    one-dimensional things, such as brightness, to two extremes.
 
     Args:
         image1, image2: (B, 3, H, W) in [-1, 1], from one label map and two noises.
-        region: (B, H, W) bool, where the noises differ; images without any such pixel do not count.
+        region: (B, H, W) bool, where the noises differ.
         margins: (3,) required mean distance in each of the `diversity_views`.
     """
     counts = region.flatten(1).any(1)[:, None]

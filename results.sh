@@ -76,7 +76,7 @@ import json
 from matplotlib.figure import Figure
 figure = Figure(figsize=(7, 4.5), layout="constrained")
 panel = figure.subplots()
-names = {"full": "as published", "no_conditioning": "no conditioning", "texture_contrast": "texture noise, heavy contrastive loss"}
+names = {"full": "conditioning, no texture noise", "no_conditioning": "no conditioning", "texture_contrast": "texture noise, heavy contrastive loss"}
 print(f"{'':18}", *(f"{name[:14]:>15}" for name in ("truncation", "Frechet", "kernel", "mIoU", "diversity")))
 for (row, name), color in zip(names.items(), ("#D55E00", "#009E73", "#0072B2")):
     means = []

@@ -210,9 +210,9 @@ class SDMUNet(nn.Module):
     head_channels: channels of one attention head.
     spade_channels: hidden channels of every SPADE.
     void_channel: where void pixels are one-hot. "last": in a channel after the classes, as in the official ADE20K (150
-        classes) and COCO-Stuff (182) models; "first": in one before them, so that channel k is labelId k, as in the
-        official Cityscapes model (34); "none": they are zero in every channel (CelebAMask-HQ has no void).
-    instance_edges: one more channel, 1 on instance borders, as in the official Cityscapes and CelebAMask-HQ models.
+        classes) and COCO-Stuff (182) models; "first": in one before them, so that channel k is labelId k, as the
+        official code reads Cityscapes (34); "none": they are zero in every channel (CelebAMask-HQ has no void).
+    instance_edges: one more channel, 1 on instance borders, as in the official code for Cityscapes and CelebAMask-HQ.
     checkpointing: in training, recompute each block's inner activations in the backward pass instead of keeping them.
 
     The defaults are the published size: 660.6 M parameters with 150 classes.

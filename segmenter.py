@@ -3,6 +3,7 @@
 Where none is given, a small U-Net is trained on the real training split; it shares nothing with the discriminator.
 """
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -209,4 +210,4 @@ def _hugging_face(source: str, device: torch.device | str) -> tuple[Callable, li
         return torch.stack(list(maps)).to(images.device)
 
     return predict, [network.config.id2label[i] for i in range(len(network.config.id2label))], {
-        "name": source, "sha256": weights_sha256(network)}
+        "name": source, "sha256": weights_sha256(network), "processor": json.loads(processor.to_json_string())}

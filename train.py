@@ -149,7 +149,7 @@ def start_networks(trainer: Trainer, settings: Settings, dataset: Dataset,
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(settings.seed))
     images, maps = zip(*(dataset[i][:2] for i in order[: settings.data.calibration_images].tolist()))
     maps = [batch.to(trainer.device).long() for batch in torch.stack(maps).split(16)]
-    file = source or settings.init_from
+    file, trainer.fine_tuned = source or settings.init_from, bool(settings.init_from)
     if not source:
         trainer.calibrate([batch.to(trainer.device).float() / 127.5 - 1 for batch in torch.stack(images).split(16)])
     if not file:

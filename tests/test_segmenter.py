@@ -93,6 +93,7 @@ def test_hugging_face_by_name(given, monkeypatch):
     network, processor, package = MagicMock(), MagicMock(), MagicMock()
     network.to().eval().config.id2label = {0: "Sky", 1: "road, route"}
     processor.post_process_semantic_segmentation = lambda outputs, sizes: [torch.ones(s).long() for s in sizes]
+    processor.to_json_string.return_value = '{"size": 512}'
     package.AutoImageProcessor.from_pretrained.return_value = processor
     package.AutoModelForSemanticSegmentation.from_pretrained.side_effect = ValueError("no such")  # as for Mask2Former
     package.AutoModelForUniversalSegmentation.from_pretrained.return_value = network
@@ -101,6 +102,7 @@ def test_hugging_face_by_name(given, monkeypatch):
     images, data = torch.zeros(2, 3, 4, 6, dtype=torch.uint8), given | {"classes": ["road", "tree", "sky"]}
     for mapping, described, answer in ((None, [2, 0], 0), ([-1, 1], [-1, 1], 1)):  # by name; as it is given
         segmenter = segmenter_of(data, segmenter="hf:some/model", segmenter_mapping=mapping)
+        assert segmenter.description["processor"] == {"size": 512}  # which decides what it sees
         assert segmenter.description["mapping"] == described and segmenter(images).unique().tolist() == [answer]
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(UserError, match="pip install transformers"):

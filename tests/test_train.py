@@ -105,6 +105,9 @@ def test_fine_tuning_and_a_folder_of_ones_own(train, tiny_config, tmp_path, fold
     train(tiny_config, "name=tuned", "train.steps=1", "train.lr_generator=0", source)
     before, tuned = (latest(tmp_path / "runs" / name)["generator"] for name in ("tiny", "tuned"))
     torch.testing.assert_close(tuned, before, rtol=0, atol=0)
+    averages = [latest(tmp_path / "runs" / name)["ema"] for name in ("tiny", "tuned")]  # the latter goes on from the former
+    for name, average in averages[1].items():
+        torch.testing.assert_close(average, 0.999 * averages[0][name] + 0.001 * before[name])
     train(tiny_config, "name=larger", "train.steps=1", "data.size=64", source)  # the contrastive loss sees other scales
     margins = [latest(tmp_path / "runs" / name)["real_distances"] for name in ("tiny", "tuned", "larger")]
     assert torch.equal(margins[0], margins[1]) and not torch.equal(margins[0], margins[2])
