@@ -17,7 +17,7 @@ import torch.nn as nn
 
 from config import UserError, check_settings, load_settings
 from interface import System
-from labels import LabelFormat, label_format
+from labels import LabelFormat, is_mask, label_format
 from systems import system_for
 
 
@@ -110,7 +110,7 @@ def load_generator(path: str | Path, device: str | torch.device = "cpu",
     else:
         state = load_checkpoint(path, device)
         settings = check_settings(state["config"], str(path))
-        if "ids" not in state:  # written before checkpoints had them
+        if "ids" not in state or is_mask(settings.data.palette):  # written before checkpoints had them, or those of masks
             state["ids"] = label_format(settings.data).ids.tolist()
     system = system_for(settings, len(state["class_names"]))
     generator = system.build()

@@ -24,7 +24,7 @@ import torch
 import yaml
 
 from checkpoint import load_generator, whole_file
-from config import Count, Loader, Section, Settings, UserError, Whole, check_settings, flatten, load_settings, run_script
+from config import LOCAL, Count, Loader, Section, Settings, UserError, Whole, check_settings, flatten, load_settings, run_script
 from dataset import build_dataset, evenly_spaced
 from distributed import hold
 from evaluation import higher_is_better
@@ -33,8 +33,8 @@ from plots import draw_curves, draw_strips, evaluated, is_headline, read_records
 from systems import system_for
 
 TRAIN = Path(__file__).parent / "train.py"
-DATA_SET = ("name", "root", "holdout", "classes", "void", "palette")  # of the section data; the rest may be compared
-FREE = ("name", "train.steps", "data.workers")  # what may change in an ablation whose runs are there
+DATA_SET = ("name", "holdout", "classes", "void", "palette")  # of the section data; and the last part of root
+FREE = ("name", "train.steps", *LOCAL)  # what may change in an ablation whose runs are there
 
 
 class Ablation(Section):
@@ -99,10 +99,14 @@ def read_runs(folders: list[Path]) -> tuple[list[Run], list[str]]:
     for folder in dict.fromkeys(folders):
         try:
             run = Run(folder)
-            for key in DATA_SET:
-                if runs and getattr(run.settings.data, key) != getattr(runs[0].settings.data, key):
+            data_set = lambda run: {"root": Path(run.settings.data.root or "").name} | {
+                key: getattr(run.settings.data, key) for key in DATA_SET}
+            for key, value in data_set(run).items():
+                if runs and value != data_set(runs[0])[key]:
                     raise UserError(f"{folder}: another data set than {runs[0].folder}, data.{key} differs")
             runs.append(run)
+            notes += [f"{folder}: other settings until step {int(path.stem[-7:])}, see {path.name}"
+                      for path in sorted(folder.glob("config_until_*.yaml"))]
             notes += [] if evaluated(folder, run.settings.train.steps) else [run.state()]
         except UserError as error:
             notes.append(f"{error}; left out")
@@ -121,7 +125,7 @@ def protocol_of(metric: str, record: dict) -> dict:
     """The part of an evaluation's protocol that a metric rests on; neither the seed nor how the images were made."""
     rests = {"features": metric.startswith(("fid", "fd_", "kid")), "kid": metric.startswith("kid"),
              "segmenter": metric.startswith(("miou", "pixel_accuracy", "class_iou")),
-             "diversity": metric.endswith("_diversity"), "seed": False, "truncation": False}
+             "diversity": metric.endswith("_diversity"), **dict.fromkeys(("seed", "truncation", "versions", "platform"), False)}
     return {key: value for key, value in record.items()
             if key.startswith("protocol.") and rests.get(key.split(".")[1], True)}
 
@@ -145,13 +149,14 @@ def group_runs(runs: list[Run]) -> tuple[dict[tuple[str, str], list[Run]], str]:
     """(name, what is not as usual) of each row of the table -> its runs; the usual values of what differs."""
     alike: dict[tuple, list[Run]] = {}
     for run in runs:
-        row = tuple(sorted(item for item in run.flat.items() if item[0] not in ("name", "seed")))
+        row = tuple(sorted(item for item in run.flat.items() if item[0] not in ("name", "seed", *LOCAL)))
         alike.setdefault(row, []).append(run)
     counts = {key: Counter(dict(row).get(key) for row in alike) for row in alike for key, _ in row}
     usual = {key: count.most_common(1)[0][0] for key, count in counts.items() if len(count) > 1}
     groups = {}
     for row, members in alike.items():
-        name = os.path.commonprefix([run.folder.name for run in members]).rstrip("_-") or members[0].folder.name
+        names = [run.folder.name.removesuffix(str(run.settings.seed)) for run in members]
+        name = os.path.commonprefix(names).rstrip("_-") or members[0].folder.name
         changed = " ".join(f"{key}={value}" for key, value in row if key in usual and value != usual[key])
         groups[name, changed] = members
     return groups, " ".join(f"{key}={value}" for key, value in usual.items() if value is not None)
@@ -317,7 +322,9 @@ def main(arguments: argparse.Namespace) -> None:
             writer = csv.DictWriter(file, dict.fromkeys(key for row in values for key in row))
             writer.writeheader()
             writer.writerows(values)
-        for name, text in {"table.md": "\n\n".join([markdown(rows), *notes]), "table.tex": latex(rows)}.items():
+        texts = {"table.md": "\n\n".join([markdown(rows), *notes]),
+                 "table.tex": "\n".join([latex(rows), *(f"% {note}" for note in notes)])}
+        for name, text in texts.items():
             with whole_file(out / name) as path:
                 path.write_text(text + "\n")
         notes.append(f"wrote {out}/table.md, table.csv, table.tex, curves.png, pictures.png")

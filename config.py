@@ -19,6 +19,8 @@ from typing import Annotated, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, field_validator, model_validator
 
+LOCAL = ("data.root", "data.workers", "backbone.weights")  # may be others where a run goes on or is repeated
+
 
 class UserError(ValueError):
     """An error the user can mend: one line that names the file, the value and the remedy."""

@@ -3,8 +3,9 @@
     python data.py check  --config configs/camvid.yaml data.root=../camvid       reads every file, counts classes
     python data.py show   --config configs/camvid.yaml --out sheet.png           images, label maps, legend
     python data.py export --config configs/camvid.yaml --split val --count 100 --out exported
-`export` writes exported/images and exported/labels, PNG files at `data.size`; label files keep the ids or
-colors of the data set, so that `sample.py --labels` and `evaluate.py --labels` read them like the original ones.
+`export` writes exported/images and exported/labels, PNG files at `data.size`, and with data.instances=true
+exported/instances; label files keep the ids of the data set, so that `sample.py --labels` and `evaluate.py --labels` read
+them like the original ones.
 """
 
 import argparse
@@ -80,8 +81,9 @@ def export(data: DataSettings, arguments: argparse.Namespace) -> None:
     indices = evenly_spaced(len(dataset), arguments.count)
 
     def write(index: int) -> None:
-        image, label = (tensor.numpy() for tensor in dataset[index][:2])
-        for kind, picture in (("images", image.transpose(1, 2, 0)), ("labels", dataset.form.encode(label))):
+        image, label, *instances = (tensor.numpy() for tensor in dataset[index])
+        pictures = image.transpose(1, 2, 0), dataset.form.encode(label), *(ids.astype(np.uint16) for ids in instances)
+        for kind, picture in zip(("images", "labels", "instances"), pictures):
             path = arguments.out / kind / f"{dataset.names[index]}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(picture).save(path)

@@ -72,6 +72,15 @@ def files_by_name(folder: Path, suffixes: set[str], ending: str = "") -> dict[st
     return files
 
 
+def label_files(folder: Path, data: DataSettings) -> dict[str, Path]:
+    """The label maps below a folder by their names: PNG files; of a data set with endings only those that have its, if any."""
+    files, layout = files_by_name(folder, {".png"}), LAYOUTS.get(data.name)
+    known = {name: path for name, path in files.items() if layout and name.endswith(layout.label_ending)}
+    if not (known or files):
+        raise UserError(f"{folder}: no label maps; --labels names a folder of PNG files")
+    return known or files
+
+
 def read_image(path: str | Path, size: tuple[int, int] | None = None) -> np.ndarray:
     """An image file of any mode -> upright uint8 RGB (H, W, 3), resized to `size` (height, width) if given.
 

@@ -13,6 +13,7 @@ import argparse
 import itertools
 import json
 import os
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -55,6 +56,9 @@ def samples_of(names: list[str], folder: Path) -> list[list[Path]]:
     for name in names:
         numbered = itertools.takewhile(files.__contains__, (f"{name}_{k}" for k in itertools.count()))
         found.append([files[key] for key in ([name] if name in files else numbered)])
+    path, times = Counter(itertools.chain(*found, [folder])).most_common(1)[0]
+    if times > 1:
+        raise UserError(f"{path}: an image of {times} label maps by its name; rename one of them")
     wanted = max(1, *map(len, found))
     for name, paths in zip(names, found):
         if len(paths) != wanted:
@@ -127,6 +131,10 @@ def main() -> None:
     metrics["protocol"] |= {"source": source, "data": settings.data.model_dump(mode="json")}
     if rank == 0:
         print(table(metrics))
+        if args.out.exists():
+            earlier = (args.out.with_stem(f"{args.out.stem}_{k}") for k in itertools.count(1))
+            kept = args.out.rename(next(path for path in earlier if not path.exists()))
+            print(f"\n{args.out} was there; it is {kept} now")
         with whole_file(args.out) as path:
             path.write_text(json.dumps(metrics, indent=2) + "\n")
         print(f"\nwrote {args.out}")

@@ -35,12 +35,20 @@ VIEWS = ("diversity_brightness", "diversity_color", "diversity_detail")
 
 
 def metric_names(settings: EvalSettings) -> list[str]:
-    """The metrics that can pick the best checkpoint, given these judges; the distances first, that of samples last."""
+    """The metrics that can pick the best checkpoint, given these judges."""
+    diversity = [*VIEWS, diversity_name(settings)] if settings.diversity_samples > 1 else []
+    return [*distance_names(settings), "miou", "pixel_accuracy", "color_error", *diversity]
+
+
+def distance_names(settings: EvalSettings) -> tuple[str, str]:
+    """Of the Frechet and of the kernel distance: FID and KID only where the network is Inception."""
     network = settings.features
-    distances = ["fid", "kid"] if network == "inception" else [f"fd_{network}", f"kid_{network}"]
-    perceptual = "lpips" if settings.diversity_network.startswith("lpips") else settings.diversity_network
-    diversity = [*VIEWS, f"{perceptual}_diversity"] if settings.diversity_samples > 1 else []
-    return [*distances, "miou", "pixel_accuracy", "color_error", *diversity]
+    return ("fid", "kid") if network == "inception" else (f"fd_{network}", f"kid_{network}")
+
+
+def diversity_name(settings: EvalSettings) -> str:
+    """Of the perceptual distance between samples."""
+    return ("lpips" if settings.diversity_network.startswith("lpips") else settings.diversity_network) + "_diversity"
 
 
 def higher_is_better(metric: str) -> bool:
@@ -138,12 +146,11 @@ def evaluate_generator(generate: Callable[..., torch.Tensor], dataset: LabeledIm
     loader = DataLoader(dataset, batch_sampler=batches, num_workers=settings.data.workers,
                         worker_init_fn=leave_signals_to_parent)
     loader = tqdm(loader, desc="evaluate", unit="batch", disable=rank != 0, leave=False)
-    real = {"features": [], "confusion": 0, "colors": 0}
-    fake, distances = real | {"views": []}, []
+    real, fake, distances = [], [], []
     for (images, labels, *instances), places in zip(loader, batches):
         labels, instances = labels.to(device).long(), [ids.to(device) for ids in instances]
         if not cached:
-            real = add_up([real, judge(images.to(device), labels, network, segmenter, num_classes)])
+            real.append(judge(images.to(device), labels, network, segmenter, num_classes))
         seeds, maps = [sample_seed(settings.seed, index) for index in places], labels
         if given.rough != "none":
             maps = torch.stack([roughen(label_map, given.rough, num_classes, s) for label_map, s in zip(labels, seeds)])
@@ -159,13 +166,13 @@ def evaluate_generator(generate: Callable[..., torch.Tensor], dataset: LabeledIm
                 first, second = torch.combinations(torch.arange(len(samples))).T
                 views.append(view_distances(samples[first], samples[second]))
                 distances.append(perceptual.mean_pair_distance(samples))
-        fake = add_up([fake, judge(fakes, labels, network, segmenter, num_classes) | {"views": views}])
+        fake.append(judge(fakes, labels, network, segmenter, num_classes) | {"views": views})
 
-    fake, distances = add_up(gather(fake)), sum(gather(distances), [])
+    fake, distances = add_up(sum(gather(fake), [])), sum(gather(distances), [])
     if cached:
         real = torch.load(cache, weights_only=True)
     else:
-        real = add_up(gather(real))
+        real = add_up(sum(gather(real), []))
         if rank == 0:
             real["views"] = [real_view_distances(dataset, indices)]
             save_checkpoint(real | {"features": [torch.cat(real["features"])]}, cache)
@@ -193,7 +200,7 @@ def evaluate_generator(generate: Callable[..., torch.Tensor], dataset: LabeledIm
 def figures(fake: dict, real: dict, distances: list[float], class_names: list[str], settings: EvalSettings) -> dict:
     """The metrics, under the names that EVALUATION.md explains, of what `judge` and `view_distances` gave for all images and
     the distances between samples."""
-    distance, kernel, *_, diversity = metric_names(settings)
+    distance, kernel = distance_names(settings)
     features, features_real = (torch.cat(judged["features"]).double() for judged in (fake, real))
     metrics = {"num_images": len(features), distance: formulas.frechet_distance(features, features_real)}
     subset = min(settings.kid_subset_size, len(features))
@@ -204,7 +211,7 @@ def figures(fake: dict, real: dict, distances: list[float], class_names: list[st
     scores, scores_real = (formulas.segmentation_scores(judged["confusion"], class_names) for judged in (fake, real))
     metrics |= scores | {f"{key}_real": value for key, value in scores_real.items()}
     if distances:
-        metrics[diversity] = float(np.mean(distances))
+        metrics[diversity_name(settings)] = float(np.mean(distances))
         views, views_real = (torch.cat(judged["views"]).double().mean(0).tolist() for judged in (fake, real))
         for name, between_samples, between_real in zip(VIEWS, views, views_real):
             metrics[name] = between_samples / between_real if between_real > 1e-6 else None  # gray images have no color

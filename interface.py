@@ -35,7 +35,7 @@ def complete(settings: Settings, section: str, cls: type[nn.Module]) -> Settings
     Raises UserError: unknown argument (the nearest right one is named) or wrong type.
     """
     given, hints = getattr(settings, section), typing.get_type_hints(cls.__init__)
-    fields = {p.name: (hints[p.name], p.default) for p in inspect.signature(cls).parameters.values()
+    fields = {p.name: (hints.get(p.name, typing.Any), p.default) for p in inspect.signature(cls).parameters.values()
               if p.default is not p.empty}
     model = create_model(cls.__name__, __config__=ConfigDict(extra="forbid"), **fields)
     arguments = check_settings(given.arguments, section, model, f"{section}.").model_dump()

@@ -27,8 +27,7 @@ PACK = np.array([65536, 256, 1], np.int32)  # (..., 3) colors -> one number each
 class LabelFormat:
     """The classes of a data set and how its label files spell them.
 
-    palette: (C + 1, 3) uint8, colors of the classes and, last, of void. If all classes are gray, gray files hold
-        these colors (0/255 masks), not ids.
+    palette: (C + 1, 3) uint8, colors of the classes and, last, of void; all are different.
     ids: uint8, id in a file -> class 0..C-1, void C, or UNKNOWN for an id that is an error; (256,), or longer if the
         data set has larger ids (16-bit files).
     rgb: whether RGB files are read by the palette.
@@ -43,19 +42,13 @@ class LabelFormat:
     def num_classes(self) -> int:
         return len(self.class_names)
 
-    @property
-    def gray(self) -> bool:
-        return self.rgb and bool((self.palette[:-1] == self.palette[:-1, :1]).all())
-
     def classes_of(self, ids: np.ndarray) -> np.ndarray:
         """What is in a file -> uint8, classes 0..C or UNKNOWN."""
         place = ids.astype(int, casting="safe").clip(-1, len(self.ids))  # files can have 16 bits, and a sign
         return np.append(self.ids, np.uint8(UNKNOWN))[place]
 
     def encode(self, label: np.ndarray) -> np.ndarray:
-        """Classes 0..C -> what a gray label file of this data set holds: the first id of each class, or its gray."""
-        if self.gray:
-            return self.palette[label, 0]
+        """Classes 0..C -> what a gray label file of this data set holds: the first id of each class."""
         ids = np.array([(*np.flatnonzero(self.ids == c), UNKNOWN)[0] for c in range(self.num_classes + 1)])
         return ids.astype(np.uint8 if len(self.ids) == 256 else np.uint16)[label]
 
@@ -79,7 +72,18 @@ def read_class_table(path: str | Path) -> LabelFormat:
     for name, id_, *color in reversed(rows):  # of several rows named void the first has the color
         index = len(names) if name == "void" else names.index(name)
         table[id_], palette[index] = index, color
-    return LabelFormat(names, palette, table)
+    return LabelFormat(names, _distinct(palette, names, path), table)
+
+
+def _distinct(palette: np.ndarray, names: list[str], source: str | Path) -> np.ndarray:
+    """The colors of classes and void; void gets a gray of its own where a class has its color. Raises UserError where two
+    classes have the same."""
+    *colors, void = map(tuple, palette.tolist())
+    for color, name in zip(colors, names):
+        if (first := names[colors.index(color)]) != name:
+            raise UserError(f"{source}: {first} and {name} have the same color, {list(color)}; give each class its own")
+    grays = ((v, v, v) for v in (0, 255, 127, *range(1, 255)))
+    return np.array([*colors, void if void not in colors else next(gray for gray in grays if gray not in colors)], np.uint8)
 
 
 def _check_names(names: list[str], source: str | Path) -> None:
@@ -115,17 +119,27 @@ def label_format(data: DataSettings) -> LabelFormat:
         code, channel, bit = np.arange(1, count + 1)[:, None, None], np.arange(3)[:, None], np.arange(8)
         palette = [*((code >> (3 * bit + channel) & 1) << (7 - bit)).sum(axis=2), (0, 0, 0)]
     elif len(colors) in (count, count + 1):
-        palette = [*colors, (0, 0, 0)][:count + 1]
-        void = count if void is None else void
+        palette = _distinct(np.array([*colors, (0, 0, 0)][:count + 1], np.uint8), names, "data.palette")
     else:
         raise UserError(f"data.palette: {len(colors)} colors for {count} classes; write one [r, g, b] a class, in their "
                         "order, then void's if it is not black")
-    # The ids without void are the classes in order: 11 classes with void 11 are 0 to 10, with void 0 they are 1 to 11.
     ids = np.full(max(256, (void or 0) + 1), UNKNOWN, np.uint8)
-    ids[[i for i in range(count + 1) if i != void][:count]] = np.arange(count)
+    if is_mask(colors):
+        for index in reversed(range(len(colors))):  # where void has the gray of a class, it is the class
+            ids[colors[index][0]] = index
+        if void is not None and ids[void] < count:
+            raise UserError(f"data.void is {void}, and so is the gray of {names[ids[void]]} in data.palette; change one")
+    else:  # in order, without void: 11 classes with void 11 are 0 to 10, with void 0 they are 1 to 11
+        void = count if void is None and colors is not None else void
+        ids[[i for i in range(count + 1) if i != void][:count]] = np.arange(count)
     if void is not None:
         ids[void] = count
     return LabelFormat(names, np.array(palette, np.uint8), ids, rgb=colors is not None)
+
+
+def is_mask(colors: list[list[int]] | None) -> bool:
+    """Whether `data.palette` has gray colors alone: gray files hold these then, as 0/255 masks do, and not ids."""
+    return colors is not None and all(len(set(color)) == 1 for color in colors)
 
 
 @contextmanager
@@ -139,6 +153,8 @@ def open_image(path: str | Path, content: bytes | None = None) -> Iterator[Image
         with Image.open(source, formats=("PNG", "JPEG", "WEBP", "BMP", "TIFF")) as image:  # others (EPS) are programs
             if content is not None and image.width * image.height > MOST_PIXELS:
                 raise UserError(f"{path}: {image.width} x {image.height} pixels; make it smaller")
+            if image.mode == "F":
+                raise UserError(f"{path}: has floating-point values; save images with 8 bits, label maps with 8 or 16")
             yield image
     except UserError:
         raise
@@ -152,27 +168,27 @@ def open_image(path: str | Path, content: bytes | None = None) -> Iterator[Image
 def decode_label(image: Image.Image, path: str | Path, form: LabelFormat) -> np.ndarray:
     """A label picture -> uint8 (H, W) in 0..C.
 
-    Gray and palette pictures hold ids (gray ones colors if all classes are gray, and all their values are such colors). RGB
-    holds the palette's colors, the first class that has a color wins; or, where its channels are equal and no color of the
-    palette, ids.
+    Gray pictures hold ids, and those with a palette of their own too. RGB holds the colors of the classes; or, where its
+    channels are equal and no such color, ids.
     Raises UserError naming the file, the value and the remedy.
     """
-    if image.mode == "1" and form.gray:
-        image = image.convert("L")
-    colored = len(image.getbands()) > 1 or image.mode == "L" and form.gray
+    if image.mode == "1" and form.ids[1] == UNKNOWN:
+        image = image.convert("L")  # 0 and 255
+    colored, by_color = len(image.getbands()) > 1, None
     values = np.asarray(image.convert("RGB") if colored else image)
+    if form.rgb and (colored or image.mode == "P"):
+        shown = values if colored else np.asarray(image.convert("RGB"))
+        order = np.argsort(form.palette @ PACK, kind="stable")
+        place = order[np.searchsorted(form.palette @ PACK, shown @ PACK, sorter=order).clip(max=form.num_classes)]
+        wrong = (form.palette[place] != shown).any(-1)
+        by_color = None if wrong.any() else place.astype(np.uint8)
     if colored:
-        code, (known, first) = values @ PACK, np.unique(form.palette @ PACK, return_index=True)
-        place = np.searchsorted(known, code).clip(max=len(known) - 1)
-        wrong = known[place] != code
-        if form.rgb and not wrong.any():
-            return first[place].astype(np.uint8)
-        gray = (values == values[..., :1]).all()
-        holds_ids = gray and (not form.gray or (form.classes_of(values[..., 0]) != UNKNOWN).all())
-        if form.rgb and not holds_ids:
-            raise UserError(f"{path}: color {values[wrong][0].tolist()} is not in the palette; add it to data.palette, "
-                            "or save the file again as PNG if it went through JPEG or a smooth resize")
-        if not gray:
+        if by_color is not None:
+            return by_color
+        if (values != values[..., :1]).any():
+            if form.rgb:
+                raise UserError(f"{path}: color {values[wrong][0].tolist()} is not in the palette; add it to data.palette, "
+                                "or save the file again as PNG if it went through JPEG or a smooth resize")
             colors = np.unique(values.reshape(-1, 3), axis=0)[:5].tolist()
             raise UserError(f"{path}: RGB colors ({str(colors)[1:-1]} ...) where class ids are expected; "
                             "set data.palette to one [r, g, b] a class")
@@ -180,13 +196,16 @@ def decode_label(image: Image.Image, path: str | Path, form: LabelFormat) -> np.
     label = form.classes_of(values)
     bad = values[label == UNKNOWN]
     if not len(bad):
+        if by_color is not None and (by_color != label).any():
+            raise UserError(f"{path}: its own palette shows other classes than its indices; save it as RGB, or as gray ids")
         return label
     if bad[0] == 255 and np.isin(values, (0, 255)).all():
         raise UserError(f"{path}: id 255, as in a 0/255 mask; set data.classes=2 and "
                         "data.palette=[[0,0,0],[255,255,255]], or data.void=255 if 255 means unlabelled")
     known = np.flatnonzero(form.ids < form.num_classes)
     raise UserError(f"{path}: id {bad[0]} is none of the ids of {form.num_classes} classes, {known[0]} to {known[-1]}, nor "
-                    "void; mend the file, raise data.classes, or set data.void to the id of unlabelled pixels")
+                    "void; mend the file, raise data.classes or name a table there, or set data.void to the id of unlabelled "
+                    "pixels")
 
 
 def read_label_file(path: str | Path, num_classes: int, palette, ids, content: bytes | None = None) -> np.ndarray:

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from checkpoint import load_generator, newest_checkpoint
 from config import UserError, run_script
-from dataset import EXAMPLES, evenly_spaced, example_pairs, files_by_name
+from dataset import EXAMPLES, evenly_spaced, example_pairs, label_files
 from distributed import setup_distributed
 from interface import System
 from labels import read_label_file
@@ -44,9 +44,7 @@ class Studio:
 
     def __init__(self, system: System, generator: torch.nn.Module, state: dict, labels: Path | None):
         self.system, self.generator, self.state, self.size = system, generator, state, system.settings.data.size
-        files = list(files_by_name(labels, {".png"}).values()) if labels else []
-        if labels and not files:
-            raise UserError(f"{labels}: no label maps; --labels names a folder of PNG files")
+        files = list(label_files(labels, system.settings.data).values()) if labels else []
         self.files = [files[i] for i in evenly_spaced(len(files), EXAMPLES)]
         self.pairs = () if labels else example_pairs(system.settings.data, state["class_names"])
         given = system.settings.diffusion

@@ -30,7 +30,7 @@ from tqdm import tqdm
 from augment import fill_void
 from checkpoint import load_generator, newest_checkpoint
 from config import UserError, run_script
-from dataset import files_by_name, read_instance_map
+from dataset import label_files, read_instance_map
 from distributed import gather, setup_distributed
 from interface import System
 from labels import read_label_file
@@ -86,11 +86,10 @@ def image_names(maps: Iterable[str], count: int, arguments: argparse.Namespace) 
 @torch.no_grad()
 def main(arguments: argparse.Namespace) -> None:
     rank, world_size, device = setup_distributed()
-    files = files_by_name(arguments.labels, {".png"})
+    checkpoint = arguments.checkpoint or newest_checkpoint()
+    system, generator, state = load_generator(checkpoint, device, arguments.config)
+    files = label_files(arguments.labels, system.settings.data)
     files = {name: path for name, path in files.items() if arguments.out not in path.parents}
-    if not files:
-        raise UserError(f"{arguments.labels}: no label maps; --labels names a folder of PNG files")
-    system, generator, state = load_generator(arguments.checkpoint or newest_checkpoint(), device, arguments.config)
     check_options(system, arguments)
     system, size = system.with_options(arguments), system.settings.data.size
     if arguments.resample:
@@ -122,7 +121,7 @@ def main(arguments: argparse.Namespace) -> None:
         if arguments.grid:
             Image.fromarray(np.concatenate([rows[name] for name in files])).save(arguments.out / "grid.png")
         count = sum(map(len, names.values()))
-        print(f"{count} images of {size[0]} x {size[1]} pixels in {arguments.out}")
+        print(f"{count} images of {size[0]} x {size[1]} pixels in {arguments.out}, by {checkpoint}")
     if dist.is_initialized():
         dist.destroy_process_group()
 

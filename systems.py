@@ -3,6 +3,7 @@
 Here settings become networks; nothing else in the project asks which system it holds.
 """
 
+import inspect
 import pkgutil
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
@@ -73,13 +74,13 @@ class Adversarial(System):
     def trainer(self, device: torch.device) -> Trainer:
         settings = self.settings
         torch.manual_seed(settings.seed)
-        backbone, needed = None, [self.num_classes]
-        if settings.discriminator.name == "backbone" or settings.loss.contrastive or settings.loss.perceptual:
+        backbone, given, discriminator = None, settings.discriminator.arguments, DISCRIMINATORS[settings.discriminator.name]
+        wants_features = "feature_channels" in inspect.signature(discriminator).parameters
+        if wants_features or settings.loss.contrastive or settings.loss.perceptual:
             backbone = Backbone(**settings.backbone.model_dump(), bf16=device.type == "cuda")
         generator = self.build()
-        if settings.discriminator.name == "backbone":
-            needed.append(backbone.channels)
-        discriminator = DISCRIMINATORS[settings.discriminator.name](*needed, **settings.discriminator.arguments)
+        needed = [self.num_classes, backbone.channels] if wants_features else [self.num_classes]
+        discriminator = discriminator(*needed, **given)
         return GAN(generator, discriminator, backbone, settings, device)
 
     def generate(self, generator: nn.Module, label_map: Tensor, seeds: list[int], k: int, preview=None) -> Tensor:

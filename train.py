@@ -7,6 +7,7 @@ import argparse
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import time
@@ -24,7 +25,7 @@ from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
 from checkpoint import copy_checkpoint, label_state, load_checkpoint, save_checkpoint, whole_file
-from config import Settings, UserError, flatten, load_settings, run_script
+from config import LOCAL, Settings, UserError, flatten, load_settings, run_script
 from dataset import LabeledImages, build_dataset, evenly_spaced, leave_signals_to_parent, quick_check
 from distributed import any_process, from_first_process, hold, peak_memory, setup_distributed
 from evaluation import build_judges, evaluate_generator, higher_is_better, metric_names
@@ -35,7 +36,6 @@ from systems import system_for
 
 # Settings that a resumed run must have again
 DECIDING = ("seed", "init_from", "data", "generator", "discriminator", "backbone")
-FREE = ("data.workers", "data.root", "backbone.weights")  # but for these: files may have moved
 
 
 def batches(length: int, batch_size: int, steps: range, places: range, seed: int) -> Iterator[list[tuple[int, int]]]:
@@ -56,16 +56,23 @@ def batches(length: int, batch_size: int, steps: range, places: range, seed: int
         yield batch
 
 
+def changes(run: Path, settings: Settings) -> dict[str, tuple]:
+    """key.path -> (what the run had, what it gets), of settings that differ; its length and `LOCAL` ones aside."""
+    if not (run / "config.yaml").exists():
+        return {}
+    now, before = (flatten(s.model_dump(mode="json")) for s in (settings, load_settings(run / "config.yaml")))
+    return {key: (value, now.get(key)) for key, value in before.items()
+            if key not in ("train.steps", *LOCAL) and now.get(key) != value}
+
+
 def find_checkpoint(run: Path, settings: Settings, resume: bool) -> Path | None:
     """The checkpoint to go on from, if any. Raises UserError where a run would be overwritten or is another one."""
     if run.exists() and not resume:
         raise UserError(f"{run} exists; go on with --resume, or choose another name=...")
-    if (run / "config.yaml").exists():
-        now, before = (flatten(s.model_dump(mode="json")) for s in (settings, load_settings(run / "config.yaml")))
-        for key, value in before.items():
-            if key.split(".")[0] in DECIDING and key not in FREE and now.get(key) != value:
-                raise UserError(f"{run}/config.yaml: {key} is {value!r}, now {now.get(key)!r}; resume with the same, or "
-                                f"choose another name=...")
+    for key, (before, now) in changes(run, settings).items():
+        if key.split(".")[0] in DECIDING:
+            raise UserError(f"{run}/config.yaml: {key} is {before!r}, now {now!r}; resume with the same, or choose another "
+                            f"name=...")
     latest = run / "checkpoints" / "latest.pt"
     if latest.exists():
         return latest
@@ -83,11 +90,15 @@ def hold_run(run: Path) -> TextIO:
         raise UserError(f"{run}: another process trains it; wait for its end, or choose another name=...") from None
 
 
-def make_run(run: Path, settings: Settings) -> None:
-    """The resolved settings of a run; what killed processes were writing is cleared away."""
+def make_run(run: Path, settings: Settings, first: int) -> None:
+    """The resolved settings of a run from step `first` on; what killed processes were writing is cleared away."""
     shared = [path for path in run.parent.glob("cache/*.tmp") if path.stat().st_mtime < time.time() - 3600]
     for leftover in [*run.rglob("*.tmp"), *shared]:  # in the cache another run may be writing
         leftover.unlink(missing_ok=True)
+    if first and (changed := changes(run, settings)):
+        before = run / f"config_until_{first:07d}.yaml"
+        shutil.copyfile(run / "config.yaml", before)
+        print(f"{run}: with another {', '.join(changed)} from step {first} on; {before} has what it was")
     with whole_file(run / "config.yaml") as path:
         path.write_text(yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False))
 
@@ -197,7 +208,7 @@ def main(settings: Settings, resume: bool) -> None:
         for folder in ("checkpoints", "samples"):
             (run / folder).mkdir(parents=True, exist_ok=True)
         lock = lock or hold_run(run)
-        make_run(run, settings)
+        make_run(run, settings, first)
 
     stop = []
     for number in (signal.SIGTERM, signal.SIGINT):

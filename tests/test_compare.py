@@ -85,6 +85,7 @@ def test_table_has_means_and_deviations_of_seeds(four_runs, tmp_path, capsys, mo
     assert table["4", "b"]["fd_tf_efficientnet_lite2 std"] == "" and table["4", "b"]["class_iou.car n"] == "1"
     latex = (tmp_path / "out/table.tex").read_text()
     assert r" & fd\_tf\_efficientnet\_lite2 $\downarrow$ & " in latex and r" & 2 to 4 & 77.50 $\pm$ 10.61 & " in latex
+    assert "\n% where a row does not say: loss.contrastive=0.3" in latex
     assert rows_of((tmp_path / "out/table.md").read_text()) == rows
     call(*four_runs, metric="miou")  # of which more is better
     assert rows_of(capsys.readouterr().out)["best", "a"]["miou ↑"] == f"0.1100 ± {statistics.stdev((0.1, 0.12)):.4f}"
@@ -115,6 +116,11 @@ def test_what_cannot_be_compared_is_said(four_runs, tmp_path, capsys):
         call(*four_runs, metric="miuo")
     call(four_runs[0], write_run(tmp_path / "runs/a_copy", [{"step": 2, "miou": 0.5}], loss={"contrastive": 0.3}))
     assert "a: two runs of one seed count as two" in capsys.readouterr().out
+    places = {10: "/x/camvid", 11: "/y/camvid", 12: "/y/other"}  # the first two are the same data, on two machines
+    call(*(write_run(tmp_path / f"runs/m_{seed}", [{"step": 4, "miou": 0.5}], seed=seed,
+                     data={"root": root, "workers": seed}) for seed, root in places.items()))
+    said = capsys.readouterr().out
+    assert rows_of(said)["last", "m"]["runs"] == "2" and "m_12: another data set than " in said
 
 
 def test_curves_are_means_in_bands():

@@ -47,6 +47,12 @@ def test_export_spells_labels_as_the_data_set_does(tmp_path, call):
     assert np.array_equal(Image.open(out / "images/a.png"), dataset[0][0].permute(1, 2, 0))
     with pytest.raises(SystemExit, match="exists; remove it or choose another --out"):
         call("data.py", *arguments)
+    tree(tmp_path / "city", ids(0, 7), "cityscapes", stems="a")
+    instances = ids(0, 26001)
+    put(tmp_path / "city/gtFine/val/ulm/ulm_a_gtFine_instanceIds.png", instances)
+    config = config_file(tmp_path / "city", name="cityscapes", instances=True)
+    call("data.py", "export", "--config", config, "--out", tmp_path / "with")
+    assert np.array_equal(Image.open(tmp_path / "with/instances/ulm_a.png"), instances)
 
 
 def test_show_draws_pairs_and_legend(tmp_path, call):

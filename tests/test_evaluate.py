@@ -39,7 +39,9 @@ def test_real_images_against_themselves(folders, call):
     assert metrics["num_images"] == 6 and metrics["fd_stlpips_alex"] == pytest.approx(0, abs=1e-4)
     assert metrics["miou"] == pytest.approx(metrics["miou_real"]) and metrics["color_error"] == pytest.approx(0)
     assert metrics["protocol"]["size"] == [40, 48] and len(metrics["protocol"]["features"]["weights_sha256"]) == 64
-    assert "miou" in shown and "class 2" in shown
+    assert "miou" in shown and "class 2" in shown and not (folders / "metrics_1.json").exists()
+    call("evaluate.py", *arguments, "--config", "config.yaml")  # the first result is kept
+    assert json.loads((folders / "metrics_1.json").read_text()) == metrics
 
 
 def opened(folders):
@@ -58,6 +60,10 @@ def test_several_samples_of_a_label_map(folders):
     assert images[:, 0, 0, 0].tolist() == [9, 3] and images.shape == (2, 3, 40, 48)
     (folders / "images" / "4_1.png").unlink()
     with pytest.raises(UserError, match="4.png: 1 such images, not 2"):
+        opened(folders)
+    for folder in ("labels", "real"):
+        shutil.copy(folders / folder / "4.png", folders / folder / "4_0.png")
+    with pytest.raises(UserError, match="images/4_0.png: an image of 2 label maps by its name"):
         opened(folders)
 
 

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 from PIL import Image
-from test_dataset import RGB, ids, settings, tree
+from test_dataset import RGB, ids, put, settings, tree
 
 from config import UserError
 from dataset import build_dataset
@@ -17,8 +17,8 @@ COLORS = [[255, 0, 0], [0, 255, 0], [7, 7, 7]]
 @pytest.mark.parametrize("name, bad", [("ade20k", 151), ("coco_stuff", 182), ("cityscapes", 34), ("celebamask_hq", 19)])
 def test_class_tables_name_each_class_and_color_once(name, bad):
     form = label_format(settings("", name))
-    assert len(set(form.class_names)) == len({tuple(color) for color in form.palette[:-1].tolist()}) == form.num_classes
-    assert (form.palette[-1] == 0).all() and form.ids[bad] == UNKNOWN != form.ids[bad - 1]
+    assert len(set(form.class_names)) + 1 == len({tuple(color) for color in form.palette.tolist()}) == form.num_classes + 1
+    assert form.ids[bad] == UNKNOWN != form.ids[bad - 1]
 
 
 @pytest.mark.parametrize("changes, file_ids, classes", [
@@ -49,9 +49,11 @@ def test_ids_in_any_gray_mode(tmp_path, mode):
     ({}, ids(0, 3), "id 3 is none of the ids of 3 classes, 0 to 2, nor void"), ({}, ids(0, 1000), "id 1000 is none of"),
     ({"void": 999}, ids(0, 65535), "id 65535 is none of the ids of 3 classes, 0 to 2, nor void"),
     ({}, ids(0, 255), r"id 255, as in a 0/255 mask; set data.classes=2 and data.palette="),
-    ({}, RGB, "RGB colors .*set data.palette"), ({"palette": COLORS}, RGB, r"color \[.*\] is not in the palette")])
+    ({}, RGB, "RGB colors .*set data.palette"), ({"palette": COLORS}, RGB, r"color \[.*\] is not in the palette"),
+    ({}, ids(0, 1) / np.float32(2), "has floating-point values")])
 def test_values_that_mean_nothing(tmp_path, changes, label, message):
-    tree(tmp_path, label)
+    tree(tmp_path, ids(0))
+    put(tmp_path / "train/labels/a.png", label, **{"format": "TIFF"} if label.dtype == np.float32 else {})
     with pytest.raises(UserError, match=f"^[^\n]*train/labels/a.png: {message}[^\n]*$"):
         build_dataset(settings(tmp_path, **changes), "train")[0]
 
@@ -63,7 +65,7 @@ def test_colors(tmp_path, palette, mode):
     """Void is black or has the last color; files of gray colors, such as masks, have any mode."""
     classes = min(len(palette), 3)
     label = ids(2, 0, 1, 3) if classes == 3 else ids(1, 0)
-    picture = np.array([*palette, [0, 0, 0]], np.uint8)[label]
+    picture = np.array([*palette, [0, 0, 0]], np.uint8)[label]  # of the masks, without void
     tree(tmp_path, Image.fromarray(picture).convert(mode))
     dataset = build_dataset(settings(tmp_path, classes=classes, palette=palette), "train")
     assert np.array_equal(dataset[0][1], label) and np.array_equal(dataset.palette[label], picture)
@@ -84,13 +86,25 @@ def test_class_table_of_ones_own(tmp_path, dog):
     assert form.ids[[40, dog, 7, 65535 if dog < 65535 else 9]].tolist() == [0, 1 if dog < 65535 else 2, 2, 2]
 
 
-def test_a_table_of_gray_colors_has_ids_all_the_same(tmp_path):
-    """Of a 0/1 mask; one of colors is read by them."""
-    table = tmp_path / "mine.csv"
-    table.write_text("id,name,r,g,b\n0,void,0,0,0\n1,lesion,255,255,255\n")
-    for label in (ids(0, 1), ids(0, 255)):
-        tree(tmp_path, label)
-        assert np.array_equal(build_dataset(settings(tmp_path, classes=str(table)), "train")[0][1], ids(1, 0)), label
+def test_a_file_has_one_meaning(tmp_path):
+    """A table gives the ids of gray files, whatever its colors; a palette of grays gives these; other palettes the ids in
+    order, and where the colors of a file with a palette of its own say otherwise, that is an error."""
+    table, black, white = tmp_path / "mine.csv", [0, 0, 0], [255, 255, 255]
+    table.write_text("id,name,r,g,b\n0,background,0,0,0\n1,lesion,255,255,255\n255,void,128,0,0\n")
+    read = lambda **changes: build_dataset(settings(tmp_path, **changes), "train")[0][1]
+    tree(tmp_path, ids(0, 255))  # no lesion, and unlabelled pixels
+    assert np.array_equal(read(classes=str(table)), ids(0, 2))
+    assert np.array_equal(read(classes=2, palette=[black, white]), ids(0, 1))
+    assert label_format(settings("", classes=2, palette=[black, white])).palette[2].tolist() == [127, 127, 127]  # void
+    with pytest.raises(UserError, match="data.void is 255, and so is the gray of class 1 in data.palette"):
+        read(classes=2, palette=[black, white], void=255)
+    with pytest.raises(UserError, match="data.palette: class 0 and class 1 have the same color, "):
+        read(classes=2, palette=[white, white])
+    picture = Image.fromarray(ids(0, 1))
+    picture.putpalette([255, 0, 0, 0, 0, 0])
+    tree(tmp_path, picture)
+    with pytest.raises(UserError, match="a.png: its own palette shows other classes than its indices"):
+        read(classes=2, palette=[black, [255, 0, 0]])
     with pytest.raises(UserError, match="data.palette: the colors of the classes are in .*mine.csv"):
         label_format(settings(tmp_path, classes=str(table), palette=COLORS))
 

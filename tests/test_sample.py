@@ -50,6 +50,15 @@ def test_sub_folders_are_sampled(call, model):
         "labels/out/city/map1.png", "labels/out/map0.png", "labels/out/map1.png"]
 
 
+def test_of_cityscapes_own_folder_the_label_ids_are_taken(call, tmp_path):
+    write_checkpoint(tmp_path / LATEST, data=TINY["data"] | {"name": "cityscapes"})
+    for name in ("a_gtFine_labelIds", "a_gtFine_instanceIds", "a_gtFine_labelTrainIds"):
+        (tmp_path / "gtFine").mkdir(exist_ok=True)
+        Image.fromarray(np.full((32, 32), 7 if name.endswith("labelIds") else 26001, np.uint16)).save(tmp_path / f"gtFine/{name}.png")
+    call("sample.py", "--labels", "gtFine", "--out", "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["a_gtFine_labelIds.png"]
+
+
 @torch.no_grad()
 def test_truncation_multiplies_the_noise(call, model):
     """In sample.py, and in evaluations, whose noise follows from the seed of an image and the number of its sample."""

@@ -47,6 +47,8 @@ def test_run_folder_and_exact_resume(train, tiny_config, tmp_path, capsys):
     with hold(parts / "lock"), pytest.raises(UserError, match="runs/parts: another process trains it; wait"):
         train(tiny_config, "name=parts", resume=True)
     train(tiny_config, "name=parts", "data.workers=1", "eval.metric=miou", "eval.features=stlpips_alex", resume=True)
+    assert "runs/parts: with another eval.metric, eval.features from step 2 on; " in capsys.readouterr().out
+    assert yaml.safe_load((parts / "config_until_0000002.yaml").read_text())["eval"]["features"] == "tf_efficientnet_lite2"
     logs = [read_records(run / "log.jsonl") for run in (whole, parts)]
     assert [r["step"] for r in logs[1]] == [1, 2, 3, 4] and losses_of(logs[0]) == losses_of(logs[1])
     assert {"images_per_second", "lr_generator", "lr_discriminator", "peak_memory_gib"} <= set(logs[0][0])
