@@ -307,7 +307,7 @@ def check_settings(given: dict, source: str, model: type[BaseModel] = Settings, 
         word = lambda key: key.rpartition(".")[2]
         likeness = {key: (key.startswith(name) or word(key).startswith(name),
                           difflib.SequenceMatcher(None, word(name), word(key)).ratio()) for key in known}
-        nearest = [key for key in known if likeness[key] == max(likeness.values())]
+        nearest = [key for key in known if likeness[key] == max(likeness.values())][:3]
         raise UserError(f"{source}: unknown key {name}; did you mean {' or '.join(nearest)}?")
     if not path:  # the message of a check of several keys, which names them
         raise UserError(f"{source}: {reason}")
