@@ -58,10 +58,8 @@ def roughen(label_map: torch.Tensor, kind: str, void: int, seed: int) -> torch.T
                          for side in label_map.shape)
         return label_map[rows][:, columns]
     if kind == "edges":
-        cross = ndimage.generate_binary_structure(2, 1)
-        edges = ndimage.morphological_gradient(label_map.cpu().numpy(), footprint=cross) > 0
-        for _ in range(label_map.shape[0] // 128):
-            edges = ndimage.binary_dilation(edges)
+        diamond = ndimage.iterate_structure(ndimage.generate_binary_structure(2, 1), 1 + label_map.shape[0] // 128)
+        edges = ndimage.morphological_gradient(label_map.cpu().numpy(), footprint=diamond) > 0
         return label_map.masked_fill(torch.from_numpy(edges).to(label_map.device), void)
     if kind == "random":
         draws = torch.rand(label_map.shape, generator=torch.Generator().manual_seed(seed))

@@ -62,8 +62,8 @@ def label_state(form: LabelFormat) -> dict:
     return {"class_names": form.class_names, "palette": form.palette.tolist(), "ids": form.ids.tolist()}
 
 
-def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dict:
-    """Read a checkpoint of this project.
+def load_checkpoint(path: str | Path) -> dict:
+    """Read a checkpoint of this project, onto the CPU.
 
     Raises:
         UserError: no such file, or one that is cut short, altered or something else.
@@ -75,12 +75,10 @@ def load_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dic
         with zipfile.ZipFile(path) as archive:  # torch.load does not look at the checksums
             if sum(part.file_size for part in archive.infolist()) > path.stat().st_size or archive.testzip():
                 raise ValueError("not as it was written")
-        state = torch.load(path, map_location=device, weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
         parts = {"config": dict, "class_names": list, "palette": list, "step": int, "ema": dict}
         if not all(isinstance(state.get(name), kind) for name, kind in parts.items()):
             raise ValueError(f"without {', '.join(parts)}")
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:  # zipfile and the unpickler raise many kinds of errors on damaged files
         raise UserError(f"{path}: cut short, altered or not a checkpoint of this project ({error!r:.120}); name "
                         f"another one beside it, or copy that over it and go on with --resume. An official checkpoint "
@@ -108,7 +106,7 @@ def load_generator(path: str | Path, device: str | torch.device = "cpu",
         settings = load_settings(config_path)
         state = {**label_state(label_format(settings.data)), "step": 0}
     else:
-        state = load_checkpoint(path, device)
+        state = load_checkpoint(path)
         settings = check_settings(state["config"], str(path))
         if "ids" not in state or is_mask(settings.data.palette):  # written before checkpoints had them, or those of masks
             state["ids"] = label_format(settings.data).ids.tolist()
@@ -119,7 +117,7 @@ def load_generator(path: str | Path, device: str | torch.device = "cpu",
             system.load_official(generator, torch.load(path, map_location="cpu", weights_only=True))
         else:
             generator.load_state_dict(state["ema"])
-    except (UserError, torch.OutOfMemoryError):
+    except UserError:
         raise
     except Exception as error:  # as in load_checkpoint
         remedy = "name the configuration of its data set and size" if config_path else "use the version that wrote it"

@@ -21,10 +21,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import yaml
 
 from checkpoint import load_generator, whole_file
-from config import LOCAL, Count, Loader, Section, Settings, UserError, Whole, check_settings, flatten, load_settings, run_script
+from config import LOCAL, Count, Section, Settings, UserError, Whole, flatten, load_settings, run_script
 from dataset import build_dataset, evenly_spaced
 from distributed import hold
 from evaluation import higher_is_better
@@ -86,7 +85,7 @@ def in_training(folder: Path) -> bool:
     """Whether a process trains this run now."""
     try:
         hold(folder / "lock").close()
-    except BlockingIOError:
+    except UserError:
         return True
     except OSError:  # a disk that can only be read
         return False
@@ -241,11 +240,7 @@ def draw_pictures(runs: list[Run], path: Path, step: int | None, count: int = 8)
 
 def plan_ablation(path: Path) -> tuple[int, dict[Path, tuple[Settings, list[str]]]]:
     """How many at once, and folder of each run of an ablation -> its settings and command. Raises UserError."""
-    try:
-        ablation = check_settings(yaml.load(path.read_text(), Loader), str(path), Ablation)
-    except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: cannot be read as YAML ({' '.join(str(error).split())[:300]})") from error
-    plan = {}
+    ablation, plan = load_settings(path, model=Ablation), {}
     for row, changes in ablation.rows.items():
         base, *changes = changes if changes and changes[0].endswith(".yaml") else [ablation.base, *changes]
         for seed in ablation.seeds:
@@ -343,7 +338,4 @@ if __name__ == "__main__":
     arguments = parser.parse_intermixed_args()
     if bool(arguments.run) == bool(arguments.runs):
         parser.error("give either folders of runs or --run FILE")
-    try:
-        run_script(lambda: main(arguments))
-    except KeyboardInterrupt:
-        sys.exit("stopped; the trainings save and end; the same command goes on")
+    run_script(lambda: main(arguments))

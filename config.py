@@ -38,17 +38,14 @@ def run_script(main: Callable[[], None]) -> None:
         raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
         if not isinstance(error, UserError) and raised_in.parent != Path(__file__).parent:
             raise
-        sys.exit(f"error: {one_line(error)}")
+        sys.exit("error: " + re.sub(r"^\w+\.UserError: ", "", str(error).strip().splitlines()[-1]))
     except OSError as error:
         if error.errno not in (errno.EROFS, errno.EACCES, errno.ENOSPC, errno.EDQUOT):
             raise
         sys.exit(f"error: {error.filename or Path.cwd()}: {error.strerror}; free space, choose another folder, or have it "
                  f"made writable; a run goes on with --resume")
-
-
-def one_line(error: ValueError) -> str:
-    """The text of an error of the user."""
-    return re.sub(r"^\w+\.UserError: ", "", str(error).strip().splitlines()[-1])
+    except KeyboardInterrupt:
+        sys.exit("stopped; to go on give the same command again, train.py with --resume")
 
 
 class Section(BaseModel):
@@ -243,7 +240,7 @@ class Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def load_settings(path: str | Path, overrides: list[str] = ()) -> Settings:
+def load_settings(path: str | Path, overrides: list[str] = (), model: type[BaseModel] = Settings) -> BaseModel:
     """Read a YAML file, apply `key.path=value` overrides, check everything and fill in the defaults.
 
     Raises:
@@ -256,7 +253,7 @@ def load_settings(path: str | Path, overrides: list[str] = ()) -> Settings:
         raise UserError(f"{path}: cannot be read as YAML ({reason})") from error
     if not isinstance(given, dict):
         raise UserError(f"{path}: holds {type(given).__name__}, not keys and values")
-    return check_settings(apply_overrides(given, overrides), str(path))
+    return check_settings(apply_overrides(given, overrides), str(path), model)
 
 
 def apply_overrides(given: dict, overrides: list[str]) -> dict:

@@ -131,10 +131,9 @@ class LabeledImages(torch.utils.data.Dataset):
     Raises UserError for files that cannot be used.
     """
 
-    def __init__(self, data: DataSettings, split: str, pairs: dict[str, tuple[Path, Path]] | None = None,
-                 seed: int = 0, augment: bool = False):
+    def __init__(self, data: DataSettings, split: str, pairs: dict[str, tuple[Path, Path]] | None = None, seed: int = 0):
         """pairs: {name: (image, label map)}, none for scenes."""
-        self.data, self.split, self.seed, self.augment = data, split, seed, augment
+        self.data, self.split, self.seed = data, split, seed
         self.size, self.form = data.size, label_format(data)
         self.num_classes, self.palette = self.form.num_classes, self.form.palette
         self.class_names = self.form.class_names
@@ -148,7 +147,7 @@ class LabeledImages(torch.utils.data.Dataset):
         index, draw = key if isinstance(key, tuple) else (key, None)
         index = range(len(self))[index]  # IndexError behind the last pair, also where pairs are drawn
         crop, flip = (), False
-        if self.augment and draw is not None:
+        if draw is not None:
             rng = np.random.default_rng([self.seed, draw])
             crop, flip = (self.data.load_scale, rng.random(2)), self.data.flip and rng.random() < 0.5
         image, *labels = (a[:, ::-1] if flip else a for a in self._read(index, *crop)[1])
@@ -225,16 +224,13 @@ def find_pairs(data: DataSettings, split: str) -> tuple[dict[str, tuple[Path, Pa
     return {name: (images[name], labels[name]) for name in names}, lonely
 
 
-def build_dataset(data: DataSettings, split: str, seed: int = 0, augment: bool = False) -> LabeledImages:
-    """The data set that the settings name; split is "train" or "val".
-
-    augment: whether `dataset[index, draw]` crops and flips; if not, the draw is accepted and changes nothing.
-    Raises UserError as `find_pairs` does, and for files without a partner.
-    """
+def build_dataset(data: DataSettings, split: str, seed: int = 0) -> LabeledImages:
+    """The data set that the settings name; split is "train" or "val". Raises UserError as `find_pairs` does, and for files
+    without a partner."""
     pairs, lonely = find_pairs(data, split)
     if lonely:
         raise UserError(lonely[0] + f" ({len(lonely) - 1} more such files)" * (len(lonely) > 1))
-    return LabeledImages(data, split, pairs, seed, augment)
+    return LabeledImages(data, split, pairs, seed)
 
 
 def example_pairs(data: DataSettings, class_names: list[str]) -> Sequence[tuple[torch.Tensor, ...]]:

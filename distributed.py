@@ -53,7 +53,7 @@ def all_reduce(tensors: list[torch.Tensor], average: bool) -> None:
 
 
 def gather(value) -> list:
-    """The values of all processes, in the order of their ranks; [value] where there is one."""
+    """The values of all processes, in the order of their ranks; on the CPU, so that no GPU is waited for."""
     if not dist.is_initialized():
         return [value]
     values = [None] * dist.get_world_size()
@@ -61,21 +61,9 @@ def gather(value) -> list:
     return values
 
 
-def any_process(flag: bool) -> bool:
-    """Whether a flag is set in one of the processes; they agree on the CPU, so that no GPU is waited for."""
-    if not dist.is_initialized():
-        return flag
-    flag = torch.tensor(int(flag))
-    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-    return bool(flag)
-
-
 def from_first_process(compute: Callable):
     """What `compute()` gives in the first process, in all of them."""
-    result = [compute() if not dist.is_initialized() or dist.get_rank() == 0 else None]
-    if dist.is_initialized():
-        dist.broadcast_object_list(result, src=0)
-    return result[0]
+    return gather(compute() if not dist.is_initialized() or dist.get_rank() == 0 else None)[0]
 
 
 def peak_memory(device: torch.device) -> float:
@@ -91,8 +79,11 @@ def peak_memory(device: torch.device) -> float:
 def hold(path: Path, wait: bool = False) -> TextIO:
     """Lock a file until what is returned is closed, by the end of this process at the latest.
 
-    wait: for another process that holds it. Raises BlockingIOError: another one does, and it is not to be waited for.
+    wait: for another process that holds it. Raises UserError: another one does, and it is not to be waited for.
     """
     file = open(path, "a")
-    fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        raise UserError(f"{path.parent}: another process trains it; wait for its end, or choose another name=...") from None
     return file

@@ -103,14 +103,10 @@ def main(arguments: argparse.Namespace) -> None:
     print(f"{out}: {model.stat().st_size / 1e6:.1f} MB beside the runtime; python -m http.server -d {out}")
 
 
-def parse_arguments() -> argparse.Namespace:
+if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="default: the newest one in runs/")
     parser.add_argument("--config", type=Path, metavar="FILE", help="configuration of an official checkpoint")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="a new folder")
     parser.add_argument("--runtime", type=Path, default=Path("package"), metavar="FOLDER", help="default: package")
-    return parser.parse_args()
-
-
-if __name__ == "__main__":
-    run_script(lambda: main(parse_arguments()))
+    run_script(lambda: main(parser.parse_args()))

@@ -56,12 +56,6 @@ class Trainer:
     train.py sets `fine_tuned` where ema started as that of another run (init_from): it keeps its weight then.
     """
 
-    num_classes: int
-    device: torch.device
-    generator: nn.Module
-    ema: nn.Module
-    parts: tuple[str, ...]
-    rates: dict[str, tuple[str, float]]
     fine_tuned = False
 
     def step(self, image: Tensor, label_map: Tensor, step: int, samples: list[int], *instances: Tensor) -> dict[str, Tensor]:

@@ -18,7 +18,6 @@ from stlpips_pytorch import stlpips
 
 from backbones import answers, load_timm
 
-DIVERSITY_NETWORKS = ("lpips_alex", "lpips_vgg", "stlpips_alex", "stlpips_vgg")
 PUBLISHED_WEIGHTS = {  # the digits in a file's name are the start of its SHA-256
     "inception": inception.FID_WEIGHTS_URL,
     "lpips_alex": "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",
@@ -118,17 +117,14 @@ class PerceptualNetwork(nn.Module):
     """LPIPS or ST-LPIPS distances within a set of images, each image passed through the network once.
 
     Args:
-        name: one of DIVERSITY_NETWORKS.
+        name: lpips_alex, lpips_vgg, stlpips_alex or stlpips_vgg.
         size: images of a smaller height are resized (bilinear) to this height, keeping their aspect; None: never.
 
-    Raises:
-        ValueError: unknown name, or weights that cannot be had.
+    Raises ValueError: weights that cannot be had.
     """
 
     def __init__(self, name: str, size: int | None = None):
         super().__init__()
-        if name not in DIVERSITY_NETWORKS:
-            raise ValueError(f"eval.diversity_network: {name!r} is none of {', '.join(DIVERSITY_NETWORKS)}")
         if name.startswith("stlpips"):
             network, sha256 = _stlpips(name)
         else:

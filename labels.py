@@ -42,11 +42,6 @@ class LabelFormat:
     def num_classes(self) -> int:
         return len(self.class_names)
 
-    def classes_of(self, ids: np.ndarray) -> np.ndarray:
-        """What is in a file -> uint8, classes 0..C or UNKNOWN."""
-        place = ids.astype(int, casting="safe").clip(-1, len(self.ids))  # files can have 16 bits, and a sign
-        return np.append(self.ids, np.uint8(UNKNOWN))[place]
-
     def encode(self, label: np.ndarray) -> np.ndarray:
         """Classes 0..C -> what a gray label file of this data set holds: the first id of each class."""
         ids = np.array([(*np.flatnonzero(self.ids == c), UNKNOWN)[0] for c in range(self.num_classes + 1)])
@@ -193,7 +188,8 @@ def decode_label(image: Image.Image, path: str | Path, form: LabelFormat) -> np.
             raise UserError(f"{path}: RGB colors ({str(colors)[1:-1]} ...) where class ids are expected; "
                             "set data.palette to one [r, g, b] a class")
         values = values[..., 0]
-    label = form.classes_of(values)
+    place = values.astype(int, casting="safe").clip(-1, len(form.ids))  # files can have 16 bits, and a sign
+    label = np.append(form.ids, np.uint8(UNKNOWN))[place]
     bad = values[label == UNKNOWN]
     if not len(bad):
         if by_color is not None and (by_color != label).any():
@@ -208,9 +204,10 @@ def decode_label(image: Image.Image, path: str | Path, form: LabelFormat) -> np.
                     "pixels")
 
 
-def read_label_file(path: str | Path, num_classes: int, palette, ids, content: bytes | None = None) -> np.ndarray:
-    """A label file of any size -> uint8 (H, W) in 0..C; palette and ids as in `LabelFormat`, content as in
-    `open_image`. Raises UserError."""
+def read_label_file(path: str | Path, state: dict, size: tuple[int, int], content: bytes | None = None) -> np.ndarray:
+    """A label file of any size -> uint8 (H, W) in 0..C at `size` (nearest); state: of a checkpoint, whose classes, palette
+    and ids the file has; content as in `open_image`. Raises UserError."""
+    form = LabelFormat(state["class_names"], np.array(state["palette"], np.uint8), np.array(state["ids"], np.uint8))
     with open_image(path, content) as image:
-        form = LabelFormat([""] * num_classes, np.asarray(palette, np.uint8), np.asarray(ids, np.uint8))
-        return decode_label(image, path, form)
+        label = Image.fromarray(decode_label(image, path, form))
+    return np.array(label.resize(size[::-1], Image.Resampling.NEAREST))

@@ -23,7 +23,6 @@ from urllib.parse import parse_qsl, urlsplit
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from checkpoint import load_generator, newest_checkpoint
@@ -117,8 +116,7 @@ class Studio:
 
     def read_label(self, path: str | Path, content: bytes | None = None) -> bytes:
         """A label file by the rules of sample.py -> H * W classes. Raises UserError."""
-        label = read_label_file(path, self.system.num_classes, self.state["palette"], self.state["ids"], content)
-        return Image.fromarray(label).resize(self.size[::-1], Image.Resampling.NEAREST).tobytes()
+        return read_label_file(path, self.state, self.size, content).tobytes()
 
     def example(self, index: int) -> tuple[bytes, bytes]:
         """A label map to start from, H * W classes, and of a pair the photo, H * W RGBA pixels. Raises UserError."""
@@ -221,7 +219,7 @@ def main(arguments: argparse.Namespace) -> None:
         print()
 
 
-def parse_arguments() -> argparse.Namespace:
+if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="default: the newest one in runs/")
     parser.add_argument("--config", type=Path, metavar="FILE", help="configuration of an official checkpoint")
@@ -229,8 +227,4 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1, which this machine alone reaches")
     parser.add_argument("--port", type=int, default=8000, help="default: 8000")
     parser.add_argument("--no-browser", action="store_true")
-    return parser.parse_args()
-
-
-if __name__ == "__main__":
-    run_script(lambda: main(parse_arguments()))
+    run_script(lambda: main(parser.parse_args()))

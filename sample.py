@@ -17,7 +17,6 @@ edges are used, so that touching things of one class are not told apart; models 
 import argparse
 import os
 import zlib
-from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -49,9 +48,7 @@ def find_class(name: str, class_names: list[str]) -> int:
 
 def read_maps(path: Path, state: dict, size: tuple[int, int], instances: Path | None = None) -> list[torch.Tensor]:
     """Label file -> int64 (1, H, W) in 0..C at `size`; and of the file `instances`, if given, int32 ids."""
-    label = read_label_file(path, len(state["class_names"]), state["palette"], ids=state["ids"])
-    label = Image.fromarray(label).resize(size[::-1], Image.Resampling.NEAREST)
-    maps = [torch.from_numpy(np.array(label)).long()]
+    maps = [torch.from_numpy(read_label_file(path, state, size)).long()]
     if instances:
         maps.append(torch.from_numpy(read_instance_map(instances, size)))
     return [m[None] for m in maps]
@@ -73,11 +70,9 @@ def check_options(system: System, arguments: argparse.Namespace) -> None:
 def image_names(maps: Iterable[str], count: int, arguments: argparse.Namespace) -> dict[str, list[str]]:
     """The file names of each label map's images. Raises UserError where one would be overwritten."""
     names = {name: [f"{name}.png"] if count == 1 else [f"{name}_{k}.png" for k in range(count)] for name in maps}
-    wanted = Counter([name for group in names.values() for name in group] + ["grid.png"] * arguments.grid)
-    for name, times in wanted.items():
-        if times > 1:
-            raise UserError(f"{arguments.labels}: two images would be called {name}; rename a label map (or leave --grid "
-                            f"out, whose sheet is grid.png)")
+    if arguments.grid and ["grid.png"] in names.values():
+        raise UserError(f"{arguments.labels}/grid.png: has the name of the sheet; rename it, or leave --grid out")
+    for name in [name for group in names.values() for name in group] + ["grid.png"] * arguments.grid:
         if (arguments.out / name).exists():
             raise UserError(f"{arguments.out / name} exists; choose another --out")
     return names
@@ -126,7 +121,7 @@ def main(arguments: argparse.Namespace) -> None:
         dist.destroy_process_group()
 
 
-def parse_arguments() -> argparse.Namespace:
+if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--labels", type=Path, required=True, metavar="DIR", help="label maps")
     parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="default: the newest runs/*/checkpoints/latest.pt")
@@ -144,8 +139,4 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, metavar="N", help="SDM: steps of an image, 2 to 1000")
     parser.add_argument("--guidance", type=float, metavar="S", help="SDM: 1 is plain, 1.5 published")
     parser.add_argument("--instances", type=Path, metavar="DIR", help="SDM with instance edges: folder of instance maps")
-    return parser.parse_args()
-
-
-if __name__ == "__main__":
-    run_script(lambda: main(parse_arguments()))
+    run_script(lambda: main(parser.parse_args()))

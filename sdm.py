@@ -60,14 +60,8 @@ def instance_edges(instance_map: Tensor) -> Tensor:
 
     instance_map: integer (B, H, W). Returns bool (B, H, W). Same as pix2pixHD's edge map, which SDM uses.
     """
-    edges = torch.zeros_like(instance_map, dtype=torch.bool)
-    across = instance_map[:, :, 1:] != instance_map[:, :, :-1]
-    down = instance_map[:, 1:] != instance_map[:, :-1]
-    edges[:, :, 1:] |= across
-    edges[:, :, :-1] |= across
-    edges[:, 1:] |= down
-    edges[:, :-1] |= down
-    return edges
+    across, down = instance_map.diff(dim=2) != 0, instance_map.diff(dim=1) != 0
+    return F.pad(across, (1, 0)) | F.pad(across, (0, 1)) | F.pad(down, (0, 0, 1, 0)) | F.pad(down, (0, 0, 0, 1))
 
 
 def timestep_embedding(t: Tensor, channels: int) -> Tensor:
@@ -99,16 +93,6 @@ def zeroed(layer: nn.Module) -> nn.Module:
     return layer
 
 
-class GroupNorm(nn.GroupNorm):
-    """Group normalization with a learned affine map, for blocks that do not see the label map."""
-
-    def __init__(self, channels: int):
-        super().__init__(NORM_GROUPS, channels)
-
-    def forward(self, x: Tensor, labels: None = None) -> Tensor:
-        return super().forward(x)
-
-
 class SPADE(nn.Module):
     """Group normalization whose scale and shift are maps made from the label map (Park et al., 2019).
 
@@ -133,10 +117,10 @@ class SPADE(nn.Module):
         sides = [self.stride * min(3, side // self.stride) for side in semantics.shape[2:]]
         return self.encode(semantics.new_zeros(1, semantics.shape[1], *sides))
 
-    def forward(self, x: Tensor, labels: Tensor | tuple[Tensor, ...]) -> Tensor:
+    def forward(self, x: Tensor, *labels: Tensor) -> Tensor:
         """labels: the semantics, or what `encode` made of them; with that of `encode_nothing` behind it, the second half
         of x's batch has no label map."""
-        scale, shift, *nothing = self.encode(labels) if isinstance(labels, Tensor) else labels
+        scale, shift, *nothing = self.encode(*labels) if len(labels) == 1 else labels
         x = F.group_norm(x, NORM_GROUPS)
         if not nothing:
             return torch.addcmul(shift, x, scale)
@@ -159,7 +143,7 @@ class ResidualBlock(nn.Module):
 
         def norm(channels: int, stride: int) -> nn.Module:
             if label_channels is None:
-                return GroupNorm(channels)
+                return nn.GroupNorm(NORM_GROUPS, channels)
             return SPADE(channels, label_channels, spade_channels, stride)
 
         self.norm1 = norm(in_channels, stride)
@@ -174,11 +158,11 @@ class ResidualBlock(nn.Module):
             return F.interpolate(x, scale_factor=2, mode="nearest")
         return F.avg_pool2d(x, 2) if self.resample == "down" else x
 
-    def forward(self, x: Tensor, embedding: Tensor, labels1=None, labels2=None) -> Tensor:
+    def forward(self, x: Tensor, embedding: Tensor, labels1=(), labels2=()) -> Tensor:
         """x: (B, in_channels, h, w). embedding: (B, time_channels). labels1, labels2: what the two norms take."""
-        h = self.conv1(self._resample(F.silu(self.norm1(x, labels1))))
+        h = self.conv1(self._resample(F.silu(self.norm1(x, *labels1))))
         scale, shift = self.time(embedding)[:, :, None, None].chunk(2, dim=1)
-        h = torch.addcmul(shift, self.norm2(h, labels2), 1 + scale)
+        h = torch.addcmul(shift, self.norm2(h, *labels2), 1 + scale)
         return self.skip(self._resample(x)) + self.conv2(F.silu(h))
 
 
@@ -188,7 +172,7 @@ class SelfAttention(nn.Module):
     def __init__(self, channels: int, head_channels: int):
         super().__init__()
         self.head_channels = head_channels
-        self.norm = GroupNorm(channels)
+        self.norm = nn.GroupNorm(NORM_GROUPS, channels)
         self.qkv = nn.Conv1d(channels, 3 * channels, 1)
         self.projection = zeroed(nn.Conv1d(channels, channels, 1))
 
@@ -278,7 +262,8 @@ class SDMUNet(nn.Module):
         self.encoder = nn.ModuleList(nn.ModuleList(stage) for stage in encoder)
         self.middle = nn.ModuleList(middle)
         self.decoder = nn.ModuleList(nn.ModuleList(stage) for stage in decoder)
-        self.out = nn.Sequential(GroupNorm(channels), nn.SiLU(), zeroed(nn.Conv2d(channels, 6, 3, padding=1)))
+        self.out = nn.Sequential(nn.GroupNorm(NORM_GROUPS, channels), nn.SiLU(),
+                                 zeroed(nn.Conv2d(channels, 6, 3, padding=1)))
 
     def semantics(self, label_map: Tensor, instances: Tensor | None = None, dropped: Tensor | None = None) -> Tensor:
         """The label map as the network's SPADEs see it.
@@ -325,14 +310,14 @@ class SDMUNet(nn.Module):
             raise ValueError(f"image size {tuple(noisy.shape[-2:])}: make both sides multiples of {self.divisor}, "
                              "or use fewer multipliers")
         if isinstance(labels, Tensor):
-            copies, labels = 1, itertools.repeat(self.semantics(labels, instances, dropped))
+            copies, labels = 1, itertools.repeat((self.semantics(labels, instances, dropped),))
         else:
             copies, labels = len(labels[0]) // 2, iter(labels)  # two copies if guided
 
         embedding = F.silu(self.time_mlp(timestep_embedding(t, self.base_channels)))
         h, skips = noisy, []
         for stage in self.encoder:
-            h = self._run(stage, h, embedding, itertools.repeat(None))
+            h = self._run(stage, h, embedding, itertools.repeat(()))
             skips.append(h)
         h, embedding = tile(h, copies), tile(embedding, copies)
         h = self._run(self.middle, h, embedding, labels)

@@ -98,8 +98,7 @@ def train_segmenter(settings: DataSettings, steps: int, device: torch.device | s
 
     Returns: what `segmenter_for` keeps: weights, class_names, size, steps.
     """
-    dataset = build_dataset(settings.model_copy(update={"load_scale": LOAD_SCALE, "instances": False}), "train", seed,
-                            augment=True)
+    dataset = build_dataset(settings.model_copy(update={"load_scale": LOAD_SCALE, "instances": False}), "train", seed)
     random = torch.Generator().manual_seed(seed)
     draws = torch.randint(len(dataset), (steps * BATCH_SIZE,), generator=random).tolist()
     loader = DataLoader(dataset, BATCH_SIZE, sampler=[(index, draw) for draw, index in enumerate(draws)],

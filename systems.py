@@ -84,8 +84,7 @@ class Adversarial(System):
         return GAN(generator, discriminator, backbone, settings, device)
 
     def generate(self, generator: nn.Module, label_map: Tensor, seeds: list[int], k: int, preview=None) -> Tensor:
-        z = noise([(seed, k) for seed in seeds], generator.z_dim, label_map.device)
-        return generator(label_map, self.settings.eval.truncation * z)
+        return generator(label_map, self.noise(generator, [(seed, k) for seed in seeds]))
 
     def draw(self, generator: nn.Module, maps: list[Tensor], key: tuple[int, int], options: Namespace,
              numbers: Iterable[int] | None = None, preview=None) -> Iterator[Tensor]:
@@ -106,21 +105,20 @@ class Adversarial(System):
         `options.resample`, keeps sample 0 or each place of the interpolation, and takes the region's noise, which is
         another for each k, from another stream.
         """
-        zs = [self.stream(generator, key, k, 0) for k in range(2 if options.interpolate else options.num)]
+        zs = [self.noise(generator, [(*key, k, 0)]) for k in range(2 if options.interpolate else options.num)]
         if options.interpolate:
             angle = torch.acos(torch.cosine_similarity(*zs))
             zs = [(torch.sin((1 - t) * angle) * zs[0] + torch.sin(t * angle) * zs[1]) / torch.sin(angle)
                   for t in torch.linspace(0, 1, options.interpolate, device=angle.device)]
         if options.resample is None:
             return [{"z": z} for z in zs]
-        others = [self.stream(generator, key, k, 1) for k in range(options.num)]
+        others = [self.noise(generator, [(*key, k, 1)]) for k in range(options.num)]
         return [{"z": z, "z2": z2, "region": label_map == options.resample} for z2 in others
                 for z in (zs if options.interpolate else zs[:1])]
 
-    def stream(self, generator: nn.Module, key: tuple[int, int], k: int, number: int) -> Tensor:
-        """The noise vector (1, z_dim) of sample k, from one of several streams."""
-        z = noise([(*key, k, number)], generator.z_dim, next(generator.parameters()).device)
-        return self.settings.eval.truncation * z
+    def noise(self, generator: nn.Module, keys: list[tuple[int, ...]]) -> Tensor:
+        """A noise vector for each key, (len(keys), z_dim)."""
+        return self.settings.eval.truncation * noise(keys, generator.z_dim, next(generator.parameters()).device)
 
 
 class DPSIMS(Adversarial):

@@ -9,13 +9,11 @@ import math
 import os
 import shutil
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from importlib.util import find_spec
 from itertools import takewhile
 from pathlib import Path
-from typing import TextIO
 
 import torch
 import torch.distributed as dist
@@ -27,7 +25,7 @@ from tqdm import tqdm
 from checkpoint import copy_checkpoint, label_state, load_checkpoint, save_checkpoint, whole_file
 from config import LOCAL, Settings, UserError, flatten, load_settings, run_script
 from dataset import LabeledImages, build_dataset, evenly_spaced, leave_signals_to_parent, quick_check
-from distributed import any_process, from_first_process, hold, peak_memory, setup_distributed
+from distributed import all_reduce, from_first_process, gather, hold, peak_memory, setup_distributed
 from evaluation import build_judges, evaluate_generator, higher_is_better, metric_names
 from interface import Trainer
 from plots import draw_curves, evaluated, read_records
@@ -82,14 +80,6 @@ def find_checkpoint(run: Path, settings: Settings, resume: bool) -> Path | None:
     return None
 
 
-def hold_run(run: Path) -> TextIO:
-    """Keep others from training this run until this process ends. Raises UserError where another one trains it."""
-    try:
-        return hold(run / "lock")
-    except BlockingIOError:
-        raise UserError(f"{run}: another process trains it; wait for its end, or choose another name=...") from None
-
-
 def make_run(run: Path, settings: Settings, first: int) -> None:
     """The resolved settings of a run from step `first` on; what killed processes were writing is cleared away."""
     shared = [path for path in run.parent.glob("cache/*.tmp") if path.stat().st_mtime < time.time() - 3600]
@@ -124,9 +114,7 @@ def read_losses(pending: list[tuple[int, dict[str, torch.Tensor]]], run: Path, t
     """The latest value of each loss of the steps since the last look, averaged over processes: the one place that waits for
     a GPU. Raises UserError for the first one that is not finite."""
     flat = torch.stack([value.float() for _, values in pending for value in values.values()])
-    if dist.is_initialized():
-        dist.all_reduce(flat)
-        flat /= dist.get_world_size()
+    all_reduce([flat], average=True)
     numbers, latest = iter(flat.tolist()), {}
     for step, values in pending:
         for name in values:
@@ -165,13 +153,11 @@ def start_networks(trainer: Trainer, settings: Settings, dataset: Dataset,
         trainer.calibrate([batch.to(trainer.device).float() / 127.5 - 1 for batch in torch.stack(images).split(16)])
     if not file:
         return 0, maps
-    state = load_checkpoint(file, trainer.device)
-    if len(state["class_names"]) != trainer.num_classes:
-        raise UserError(f"{file}: trained on {len(state['class_names'])} classes, the data set has {trainer.num_classes}; "
-                        f"choose the data set it was trained on")
-    if source and list(state["class_names"]) != list(dataset.class_names):
-        raise UserError(f"{file}: its classes are {', '.join(state['class_names']):.200}, now they are "
-                        f"{', '.join(dataset.class_names):.200}; resume with the same in the same order")
+    state = load_checkpoint(file)
+    before, now = state["class_names"], dataset.class_names
+    if before != now if source else len(before) != len(now):
+        raise UserError(f"{file}: its {len(before)} classes are {', '.join(before):.200}, now there are {len(now)}, "
+                        f"{', '.join(now):.200}; choose the data set it was trained on, with classes in the same order")
     try:
         trainer.load_state_dict(state, optimizers=bool(source))
     except (RuntimeError, KeyError, ValueError) as error:
@@ -185,11 +171,11 @@ def start_networks(trainer: Trainer, settings: Settings, dataset: Dataset,
 def main(settings: Settings, resume: bool) -> None:
     rank, world_size, device = setup_distributed(settings.train.timeout)
     train, seed, run = settings.train, settings.seed, Path("runs") / settings.name
-    dataset = build_dataset(settings.data, "train", seed, augment=True)
+    dataset = build_dataset(settings.data, "train", seed)
     held_out = build_dataset(settings.data, "val", seed)
     system = system_for(settings, dataset.num_classes)
     settings = system.settings
-    lock = hold_run(run) if rank == 0 and resume and run.exists() else None
+    lock = hold(run / "lock") if rank == 0 and resume and run.exists() else None
     source = from_first_process(lambda: find_checkpoint(run, settings, resume))
     if rank == 0:
         quick_check(dataset)
@@ -207,7 +193,7 @@ def main(settings: Settings, resume: bool) -> None:
     if rank == 0:
         for folder in ("checkpoints", "samples"):
             (run / folder).mkdir(parents=True, exist_ok=True)
-        lock = lock or hold_run(run)
+        lock = lock or hold(run / "lock")
         make_run(run, settings, first)
 
     stop = []
@@ -238,7 +224,7 @@ def main(settings: Settings, resume: bool) -> None:
     for step, batch in enumerate(bar, first + 1):
         image, label_map, *instances = (t.to(device, non_blocking=True) for t in batch)
         pending.append((step, trainer.step(image, label_map, step - 1, list(places), *instances)))
-        stopping = any_process(bool(stop))
+        stopping = any(gather(bool(stop)))
         logging, evaluating = due(train.log_every, step), due(train.eval_every, step)
         saving = due(train.save_every, step) or evaluating or stopping
         if logging or saving:
@@ -290,9 +276,8 @@ class Recorder:
 
     def __init__(self, run: Path, first: int, settings: Settings):
         self.run, self.metric, self.started = run, settings.eval.metric, time.time()
-        steps, evaluations = (self.lines_until(run / name, first) for name in ("log.jsonl", "metrics.jsonl"))
+        steps, self.evaluations = (self.lines_until(run / name, first) for name in ("log.jsonl", "metrics.jsonl"))
         self.minutes = steps[-1].get("minutes", 0) if steps else 0
-        self.evaluations = evaluations
         self.track = lambda numbers, step: None
         if settings.train.tracker == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
@@ -343,7 +328,4 @@ if __name__ == "__main__":
     parser.add_argument("--resume", action="store_true", help="go on with runs/NAME from its latest checkpoint")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
     arguments = parser.parse_intermixed_args()
-    try:
-        run_script(lambda: main(load_settings(arguments.config, arguments.overrides), arguments.resume))
-    except KeyboardInterrupt:  # until the first step; then a flag is set
-        sys.exit("stopped before the first step; nothing to save")
+    run_script(lambda: main(load_settings(arguments.config, arguments.overrides), arguments.resume))

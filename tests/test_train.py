@@ -116,14 +116,14 @@ def test_fine_tuning_and_a_folder_of_ones_own(train, tiny_config, tmp_path, fold
     own = ["name=own", "train.steps=1", "data.name=folder", f"data.root={folder_data}", "data.classes=3"]
     with pytest.raises(UserError, match=r"\.png.*255"):  # it occurs and is not declared void
         train(tiny_config, *own)
-    with pytest.raises(UserError, match="latest.pt.* 12 classes.* 3;"):
+    with pytest.raises(UserError, match="latest.pt: its 12 classes are .* now there are 3, "):
         train(tiny_config, *own, "data.void=255", source)
     assert not (tmp_path / "runs/own").exists()
     table, rows = tmp_path / "mine.csv", ["id,name,r,g,b", "0,a,1,0,0", "1,b,2,0,0", "2,c,3,0,0", "255,void,0,0,0"]
     table.write_text("\n".join(rows))
     train(tiny_config, *own, f"data.classes={table}")
     table.write_text("\n".join(rows[:1] + rows[2:] + rows[1:2]))
-    with pytest.raises(UserError, match="latest.pt: its classes are a, b, c, now they are b, c, a; resume with the same"):
+    with pytest.raises(UserError, match="latest.pt: its 3 classes are a, b, c, now there are 3, b, c, a; choose the data set"):
         train(tiny_config, *own, f"data.classes={table}", resume=True)
 
 
