@@ -1,11 +1,11 @@
 """Shared by the tests: the project on the path, a miniature data set, a configuration that trains in seconds."""
 
+import itertools
 import multiprocessing
 import os
 import re
 import runpy
 import signal
-import socket
 import sys
 import tempfile
 from pathlib import Path
@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from torch.distributed.elastic.utils.distributed import get_free_port
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -75,25 +76,21 @@ def write_checkpoint(path: Path, **changes) -> Path:
     return path
 
 
+def put(path: Path, array: np.ndarray | Image.Image, **options) -> Path:
+    """Write a picture, and make the folder that it lies in."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    (array if isinstance(array, Image.Image) else Image.fromarray(array)).save(path, **options)
+    return path
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """A model with random weights, and a label map with the name that the page saves."""
     import scenes
     folder = tmp_path_factory.mktemp("paint")
     write_checkpoint(folder / "runs/tiny/checkpoints/latest.pt")
-    (folder / "labels").mkdir()
-    Image.fromarray(scenes.render("val", 3, (32, 32))[1]).save(folder / "labels/painted.png")
+    put(folder / "labels/painted.png", scenes.render("val", 3, (32, 32))[1])
     return folder
-
-
-@pytest.fixture
-def label_maps(tmp_path) -> Path:
-    """A folder of three label maps as ids."""
-    import scenes
-    (tmp_path / "labels").mkdir()
-    for i in range(3):
-        Image.fromarray(scenes.render("val", i, (32, 32))[1]).save(tmp_path / "labels" / f"map{i}.png")
-    return tmp_path / "labels"
 
 
 @pytest.fixture
@@ -101,8 +98,7 @@ def sample(tmp_path, call):
     """sample.py on a label map: sample(label, "--num", 3, ...) -> its pictures, in the order of their numbers."""
     def draw(label: np.ndarray | Image.Image, *options) -> list[np.ndarray]:
         folder = Path(tempfile.mkdtemp(dir=tmp_path))
-        (folder / "labels").mkdir()
-        (label if isinstance(label, Image.Image) else Image.fromarray(label)).save(folder / "labels/painted.png")
+        put(folder / "labels/painted.png", label)
         call("sample.py", "--labels", folder / "labels", "--out", folder / "out", *options)
         number = lambda path: ([int(digits) for digits in re.findall(r"\d+", path.name)], path.name)
         return [np.asarray(Image.open(path)) for path in sorted((folder / "out").iterdir(), key=number)]
@@ -127,13 +123,10 @@ def folder_data(tmp_path) -> Path:
     """ROOT/{train,val}/{images,labels}: six pairs of 40 x 48 pixels, three classes in flat colors, void id 255."""
     rng, root = np.random.default_rng(0), tmp_path / "data"
     colors = np.array([[200, 40, 40], [40, 200, 40], [40, 40, 200], [0, 0, 0]], np.uint8)
-    for split in (root / "train", root / "val"):
-        (split / "images").mkdir(parents=True)
-        (split / "labels").mkdir()
-        for i in range(6):
-            label = np.repeat(np.repeat(rng.integers(0, 4, (5, 6)), 8, 0), 8, 1).astype(np.uint8)
-            Image.fromarray(colors[label]).save(split / "images" / f"{i}.png")
-            Image.fromarray(np.where(label == 3, 255, label).astype(np.uint8)).save(split / "labels" / f"{i}.png")
+    for split, i in itertools.product(("train", "val"), range(6)):
+        label = np.repeat(np.repeat(rng.integers(0, 4, (5, 6)), 8, 0), 8, 1).astype(np.uint8)
+        put(root / split / f"images/{i}.png", colors[label])
+        put(root / split / f"labels/{i}.png", np.where(label == 3, 255, label).astype(np.uint8))
     return root
 
 
@@ -153,11 +146,8 @@ def in_child(folder: Path, function, *arguments, **environment):
 
 def together(folder: Path, count: int, function, *arguments) -> None:
     """`function` in a group of `count` such processes, to its end."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    group = [in_child(folder, function, *arguments, RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=count, MASTER_ADDR="localhost",
-                      MASTER_PORT=port) for rank in range(count)]
+    shared = {"WORLD_SIZE": count, "MASTER_ADDR": "localhost", "MASTER_PORT": get_free_port()}
+    group = [in_child(folder, function, *arguments, RANK=rank, LOCAL_RANK=rank, **shared) for rank in range(count)]
     for process in group:
         process.join(200)
         assert process.exitcode == 0, (folder / "out.txt").read_text()

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import ROOT, TINY, in_child, write_checkpoint
+from conftest import TINY, in_child, write_checkpoint
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -228,11 +228,3 @@ def test_a_failed_run_is_named_the_others_go_on_and_rows_keep_their_meaning(abla
     ablation.write_text(text.replace("loss.contrastive=0", "loss.contrastive=0.1"))
     with pytest.raises(UserError, match=r"no_contrastive_0/config.yaml: loss.contrastive is 0.0, in .*abl.yaml 0.1; "):
         call(run=ablation)
-
-
-def test_the_comparisons_of_the_results_are_files(tmp_path, monkeypatch):
-    for name in ("config.yaml", "configs"):
-        (tmp_path / name).symlink_to(ROOT / name)
-    monkeypatch.chdir(tmp_path)  # where there are no runs
-    for name, runs in (("ablation", 28), ("quickstart", 8), ("systems", 6), ("few_images", 6)):
-        assert len(compare.plan_ablation(Path(f"configs/{name}.yaml"))[1]) == runs

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
+import compare
 import models
 from config import Settings, check_settings, load_settings, run_script
 
 
 @pytest.mark.parametrize("overrides, named", [
-    (["train.step=5"], ["train.step", "train.steps"]),
     (["trian.steps=5"], ["trian", "train"]),
     (["train.lr=5"], ["did you mean train.lr_generator?"]),
     (["lr=5"], ["did you mean train.lr_generator?"]),
@@ -29,7 +29,21 @@ from config import Settings, check_settings, load_settings, run_script
     (["backbone.input_scale=0.01"], ["backbone.input_scale is 0.01; "]),
     (["init_from=nowhere.pt"], ["nowhere.pt"]),
     (["eval.metric=fdd"], ["eval.metric", "fdd"]),
-    (["train.batch_size=3", "train.accumulation=2"], ["train.batch_size", "3"])])
+    (["train.batch_size=3", "train.accumulation=2"], ["train.batch_size", "3"]),
+    (["data.root=x"], ["data.root is 'x', and data.name scenes, which has its own; for data of yours set data.name=folder"]),
+    (["data.name=ade20k", "data.classes=3"], ["data.classes is 3, and data.name ade20k, which has its own"]),
+    (["data.instances=true"], ["data.instances: scenes has no instance maps"]),
+    (["data.calibration_images=1"], ["there is one image; add training pairs"]),
+    (["eval.num_images=1"], ["eval.num_images is 1, val has 500: distances need at least 2"]),
+    (["generator.noise=crossattention"], ["generator.noise is 'crossattention'"]),
+    (["generator.channels=[a]"], ["generator.channels"]),
+    (["generator.channels=[200, 200]"], ["generator.channels: 200", "multiple of 64"]),
+    (["generator.name=toys"], ["generator.name is 'toys'; there are dp_sims, oasis, sdm"]),
+    (["discriminator.name=patch"], ["discriminator.name is 'patch'; there are backbone, oasis"]),
+    (["diffusion.drop_labels=0"], ["diffusion.guidance is 1.5; without dropped label maps"]),
+    (["generator={name: sdm}", "eval.truncation=2"], ["eval.truncation is 2.0; sdm has no noise to multiply"]),
+    (["generator={name: sdm, base_channels: 48}"], ["base_channels 48 times multiplier 1 is 48: make it a multiple of 32"]),
+    (["generator={name: sdm, head_channels: 24}"], ["head_channels 24 does not divide"])])
 def test_bad_configuration_is_one_line_before_training(train, tiny_config, tmp_path, overrides, named):
     with pytest.raises(ValueError) as error:
         train(tiny_config, *overrides)
@@ -50,11 +64,15 @@ def test_a_file_says_the_same_in_either_way(tmp_path):
     assert check_settings(given.model_dump(mode="json"), "again") == given
 
 
-def test_the_schema_is_of_these_settings_and_every_file_keeps_to_them(call, capsys):
+def test_the_schema_is_of_these_settings_and_every_file_keeps_to_them(call, capsys, tmp_path):
     call("config.py")
     assert json.loads(capsys.readouterr().out) == json.loads((ROOT / "config.schema.json").read_text())
+    for name in ("config.yaml", "configs"):  # which the rows of ablations name; there are no runs here
+        (tmp_path / name).symlink_to(ROOT / name)
     for path in [ROOT / "config.yaml", *ROOT.glob("configs/*.yaml")]:
-        if "\nrows:" not in path.read_text():
+        if "\nrows:" in path.read_text():
+            assert compare.plan_ablation(path)[1]
+        else:
             load_settings(path)
             modeline = path.read_text().splitlines()[0].partition("# yaml-language-server: $schema=")
             assert (path.parent / modeline[2]).resolve() == ROOT / "config.schema.json"

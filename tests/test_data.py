@@ -5,8 +5,9 @@ import os
 import numpy as np
 import pytest
 import yaml
+from conftest import put
 from PIL import Image
-from test_dataset import ids, put, settings, tree
+from test_dataset import ids, settings, tree
 
 from dataset import build_dataset
 from labels import label_format

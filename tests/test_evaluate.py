@@ -1,5 +1,6 @@
 """evaluate.py on folders of images, and what it refuses; on checkpoints see test_systems.py and test_denoising.py."""
 
+import itertools
 import json
 import shutil
 from argparse import Namespace
@@ -7,7 +8,7 @@ from argparse import Namespace
 import pytest
 import torch
 import yaml
-from conftest import TINY, together
+from conftest import TINY, put, together
 from PIL import Image
 
 from config import UserError
@@ -28,20 +29,29 @@ def folders(tmp_path, folder_data):
 
 
 def test_real_images_against_themselves(folders, call):
-    arguments = ["--images", "real", "--labels", "labels", "--real", "real"]
+    """By three processes, of which one has nothing to do, and by one. The first sample of each label map is its real image."""
+    (folders / "images").mkdir()
+    for i, k in itertools.product(range(6), range(2)):
+        shutil.copy(folders / f"real/{(i + k) % 6}.png", folders / f"images/{i}_{k}.png")
+    arguments = ["--images", "images", "--labels", "labels", "--real", "real"]
     for more in ([], ["--config", "config.yaml", "--checkpoint", "latest.pt"], ["--checkpoint", "latest.pt"]):
         with pytest.raises(SystemExit, match="give either --checkpoint, or all of"):
             call("evaluate.py", *arguments, *more)
     with pytest.raises(SystemExit, match="--out real: cannot be written"):
         call("evaluate.py", *arguments, "--config", "config.yaml", "--out", "real")
-    together(folders, 2, call, "evaluate.py", *arguments, "--config", "config.yaml")
+    arguments += ["--config", "config.yaml", "eval.num_images=2"]
+    together(folders, 3, call, "evaluate.py", *arguments)
     metrics, shown = json.loads((folders / "metrics.json").read_text()), (folders / "out.txt").read_text()
-    assert metrics["num_images"] == 6 and metrics["fd_stlpips_alex"] == pytest.approx(0, abs=1e-4)
+    assert metrics["num_images"] == 2 and metrics["fd_stlpips_alex"] == pytest.approx(0, abs=1e-4)
     assert metrics["miou"] == pytest.approx(metrics["miou_real"]) and metrics["color_error"] == pytest.approx(0)
     assert metrics["protocol"]["size"] == [40, 48] and len(metrics["protocol"]["features"]["weights_sha256"]) == 64
     assert "miou" in shown and "class 2" in shown and not (folders / "metrics_1.json").exists()
-    call("evaluate.py", *arguments, "--config", "config.yaml")  # the first result is kept
+    call("evaluate.py", *arguments)  # the first result is kept
     assert json.loads((folders / "metrics_1.json").read_text()) == metrics
+    alone = json.loads((folders / "metrics.json").read_text())
+    assert "stlpips_alex_diversity" in alone and alone.keys() == metrics.keys()
+    for name in (name for name, value in alone.items() if isinstance(value, float)):
+        assert metrics[name] == pytest.approx(alone[name], rel=1e-4, abs=1e-4), name
 
 
 def opened(folders):
@@ -50,10 +60,9 @@ def opened(folders):
 
 
 def test_several_samples_of_a_label_map(folders):
-    (folders / "images").mkdir()
     names = [f"{i}_{k}" for i in range(6) for k in range(2)]  # as sample.py --num 2 --grid writes them
     for shade, name in enumerate([*names, "grid"]):
-        Image.new("RGB", (48, 40), (shade, 0, 0)).save(folders / "images" / f"{name}.png")
+        put(folders / f"images/{name}.png", Image.new("RGB", (48, 40), (shade, 0, 0)))
     generate, dataset, settings, *_ = opened(folders)
     assert [path.name for path in dataset.pairs[4]] == ["4.png", "4.png"] and settings.eval.diversity_samples == 2
     images = generate(torch.zeros(2, 40, 48), [sample_seed(0, index) for index in (4, 1)], 1)
@@ -68,7 +77,6 @@ def test_several_samples_of_a_label_map(folders):
 
 
 @pytest.mark.parametrize("spoil, message", [
-    (lambda folders: (folders / "images/3.png").unlink(), "images/3.png: 0 such images, not 1"),
     (lambda folders: Image.new("RGB", (8, 6)).save(folders / "images/2.png"), r"2.png: 8 x 6, .*data.size=\[6,8\]"),
     (lambda folders: shutil.rmtree(folders / "labels"), "labels: no such folder")])
 def test_wrong_folders_are_named(folders, spoil, message):

@@ -5,7 +5,6 @@ import os
 import random
 import resource
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, in_child
+from torch.distributed.elastic.utils.distributed import get_free_port
 
 import train as script
 from checkpoint import load_checkpoint, save_checkpoint
@@ -34,10 +34,6 @@ def step_of(path: Path) -> int:
 
 def output_of(*command) -> str:
     return subprocess.run([*map(str, command)], capture_output=True, text=True).stdout
-
-
-def children(process: int) -> list[str]:
-    return output_of("pgrep", "-P", process).split()
 
 
 @pytest.mark.parametrize("kills, eval_every", [(3, 0), pytest.param(20, 6, marks=pytest.mark.slow)])
@@ -93,7 +89,7 @@ def test_signals(train, tiny_config, tmp_path, number):
     process = in_child(tmp_path, lambda: train(tiny_config, "train.steps=100000", "train.save_every=0", "data.workers=2"))
     log = tmp_path / "runs/tiny/log.jsonl"
     wait_for(lambda: len(read_records(log)) >= 2)
-    workers = children(process.pid)
+    workers = output_of("pgrep", "-P", process.pid).split()
     assert len(workers) == 2
     (os.kill if number == signal.SIGKILL else os.killpg)(process.pid, number)
     process.join(60)
@@ -152,9 +148,7 @@ def torchrun(folder: Path, *arguments) -> subprocess.Popen:
 @pytest.mark.slow
 def test_two_nodes(call, tiny_config, tmp_path):
     """Two processes on each, with the rendezvous of production: their evaluation, of three images, is that of one process."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        meet = ["--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{probe.getsockname()[1]}", "--rdzv-id=job"]
+    meet = ["--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{get_free_port()}", "--rdzv-id=job"]
     training = [ROOT / "train.py", "--config", tiny_config, "train.steps=3", "eval.num_images=3"]
     for node in [torchrun(tmp_path, "--nnodes=2", *meet, *training) for _ in range(2)]:
         output, _ = node.communicate(timeout=600)
@@ -175,7 +169,7 @@ def test_elastic_restart(tiny_config, tmp_path):
                      "train.save_every=1", "--resume")
     log = tmp_path / "runs/tiny/log.jsonl"
     wait_for(lambda: len(read_records(log)) >= 3 or agent.poll() is not None, 300)
-    os.kill(int(children(agent.pid)[-1]), signal.SIGKILL)
+    os.kill(int(output_of("pgrep", "-P", agent.pid).split()[-1]), signal.SIGKILL)
     output, _ = agent.communicate(timeout=600)
     assert agent.returncode == 0, output
     assert step_of(tmp_path / "runs/tiny/checkpoints/latest.pt") == 12

@@ -4,21 +4,15 @@ import itertools
 
 import numpy as np
 import pytest
+from conftest import put
 from PIL import Image
-from test_dataset import RGB, ids, put, settings, tree
+from test_dataset import RGB, ids, settings, tree
 
 from config import UserError
 from dataset import build_dataset
-from labels import UNKNOWN, label_format, read_class_table
+from labels import label_format, read_class_table
 
 COLORS = [[255, 0, 0], [0, 255, 0], [7, 7, 7]]
-
-
-@pytest.mark.parametrize("name, bad", [("ade20k", 151), ("coco_stuff", 182), ("cityscapes", 34), ("celebamask_hq", 19)])
-def test_class_tables_name_each_class_and_color_once(name, bad):
-    form = label_format(settings("", name))
-    assert len(set(form.class_names)) + 1 == len({tuple(color) for color in form.palette.tolist()}) == form.num_classes + 1
-    assert form.ids[bad] == UNKNOWN != form.ids[bad - 1]
 
 
 @pytest.mark.parametrize("changes, file_ids, classes", [

@@ -22,16 +22,11 @@ def test_focal_loss_equals_its_formula():
         assert np.isclose(fake, numpy_focal(logits, np.full_like(target, 3), np.ones(4), gamma), rtol=1e-6)
 
 
-def test_two_by_two_label_map_by_hand():
-    """Pixels 0 0 / 1 void: three classes of which two are present, p_t = 1/4 everywhere as logits are equal."""
-    target = torch.tensor([[[0, 0], [1, 3]]])
-    weights = losses.class_weights(torch.bincount(target.flatten(), minlength=4))
-    assert weights.tolist() == [1.0, 2.0, 0.0, 0.0]  # 4 pixels / 2 classes / (2, 1, absent, void)
-    logits = torch.zeros(1, 4, 2, 2, requires_grad=True)
-    loss = losses.focal_loss(logits, target, weights, gamma=2.0)
-    assert np.isclose(loss.item(), (1 + 1 + 2 + 0) / 4 * (3 / 4) ** 2 * np.log(4))
-    loss.backward()
-    assert (logits.grad[0].abs().amax(0) > 0).tolist() == [[True, True], [True, False]]  # void of real images pulls nothing
+def test_class_weights_by_hand():
+    """Of 2 pixels, 1, none, and 1 of void; an absent class and void weigh nothing."""
+    counts = torch.tensor([2, 1, 0, 1])
+    assert losses.class_weights(counts).tolist() == [1, 2, 0, 0]  # 4 pixels / 2 classes / (2, 1)
+    assert losses.class_weights(counts, power=0).tolist() == pytest.approx([4 / 3, 4 / 3, 0, 0])  # 4 pixels / 3 labelled
 
 
 def test_contrastive_loss_equals_its_formula():
@@ -45,11 +40,22 @@ def test_contrastive_loss_equals_its_formula():
     assert np.isclose(ours, expected, rtol=1e-5)  # all 12 places are drawn, so their order does not matter
 
 
+def views_in_numpy(image):
+    """Coarse brightness (1, 16, 16), coarse color and detail (3, 16, 16) of an image (3, 32, 32) in [-1, 1]."""
+    fine = image.reshape(3, 16, 2, 16, 2).mean((2, 4))
+    blocks = fine.reshape(3, 4, 4, 4, 4).mean((2, 4))
+    place = ((np.arange(16) + 0.5) / 4 - 0.5).clip(0, 3)
+    weights = np.maximum(0, 1 - np.abs(place[:, None] - np.arange(4)))  # linear interpolation between block centers
+    coarse = weights @ blocks @ weights.T
+    brightness = coarse.mean(0, keepdims=True)
+    return brightness, coarse - brightness, fine - coarse
+
+
 def test_diversity_distances_are_means_with_the_weight():
-    """Of the left half alone. What the views are: test_evaluation.py."""
-    images, left = torch.rand(2, 1, 3, 16, 16), torch.zeros(1, 1, 16, 16)
-    left[..., :8] = 1
-    views = [[view.numpy()[..., :4] for view in losses.diversity_views(image)] for image in images]
+    """Of the left half alone."""
+    images, left = torch.rand(2, 1, 3, 32, 32) * 2 - 1, torch.zeros(1, 1, 32, 32)
+    left[..., :16] = 1
+    views = [[view[..., :8] for view in views_in_numpy(image.numpy()[0])] for image in images]
     brightness, color, detail = (np.abs(a - b).mean() for a, b in zip(*views))
     detail /= sum(np.abs(view[2]).mean() for view in views)
     np.testing.assert_allclose(losses.diversity_distances(*images, left), [[brightness, color, detail]], rtol=1e-5)

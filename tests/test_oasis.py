@@ -25,9 +25,8 @@ class Reference:
         weight = self.state[name + ".weight_orig"]
         matrix, u, v = weight.flatten(1), self.state[name + ".weight_u"], self.state[name + ".weight_v"]
         if self.training:
-            with torch.no_grad():
-                v = matrix.T @ u / (matrix.T @ u).norm()
-                u = matrix @ v / (matrix @ v).norm()
+            v = F.normalize(matrix.detach().T @ u, dim=0)
+            u = F.normalize(matrix.detach() @ v, dim=0)
             self.state.update({name + ".weight_u": u, name + ".weight_v": v})
         return F.conv2d(x, weight / (u @ matrix @ v), self.state.get(name + ".bias"), padding=padding)
 
@@ -35,10 +34,8 @@ class Reference:
         return self.spectral_conv(x, block + "conv_s", padding=0) if block + "conv_s.weight_orig" in self.state else x
 
     def spade(self, x, seg, name):
-        mean, var = self.state[name + ".first_norm.running_mean"], self.state[name + ".first_norm.running_var"]
-        if self.training:
-            mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3), unbiased=False)
-        x = (x - mean[:, None, None]) / (var[:, None, None] + 1e-5).sqrt()
+        mean, var = (self.state[f"{name}.first_norm.running_{kind}"] for kind in ("mean", "var"))
+        x = F.batch_norm(x, mean, var, training=self.training)
         hidden = F.relu(self.conv(F.interpolate(seg, size=x.shape[2:]), name + ".mlp_shared.0"))
         return x * (1 + self.conv(hidden, name + ".mlp_gamma")) + self.conv(hidden, name + ".mlp_beta")
 
@@ -136,14 +133,6 @@ def test_training_equals_the_reference(networks):
         for name, value in network.named_buffers():
             if name.endswith((".u", ".v")):
                 torch.testing.assert_close(value, reference.state[oasis.official_name(name)])
-
-
-def test_published_sizes(monkeypatch):
-    monkeypatch.setattr(oasis, "_initialize", lambda *_: None)
-    with torch.device("meta"):
-        published = oasis.OASISGenerator(150), oasis.OASISDiscriminator(150)
-    sizes = [sum(parameter.numel() for parameter in network.parameters()) / 1e6 for network in published]
-    assert [round(size, 1) for size in sizes] == [74.3, 22.3]
 
 
 def test_first_weights_are_xavier_normal_of_the_gain():

@@ -39,21 +39,12 @@ class Reference:
         weight, bias = self.weights(name)
         return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2)
 
-    def linear(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, *self.weights(name))
-
-    def normalize(self, x: torch.Tensor) -> torch.Tensor:
-        groups = x.reshape(len(x), 32, -1)
-        groups = (groups - groups.mean(2, keepdim=True)) / (groups.var(2, keepdim=True, correction=0) + 1e-5).sqrt()
-        return groups.reshape(x.shape)
-
     def group_norm(self, name: str, x: torch.Tensor, semantics: None = None) -> torch.Tensor:
-        weight, bias = self.weights(name)
-        return self.normalize(x) * weight[:, None, None] + bias[:, None, None]
+        return F.group_norm(x, 32, *self.weights(name))
 
     def spade(self, name: str, x: torch.Tensor, semantics: torch.Tensor) -> torch.Tensor:
         hidden = self.conv(f"{name}.mlp_shared.0", F.interpolate(semantics, x.shape[-2:], mode="nearest")).relu()
-        return self.normalize(x) * (1 + self.conv(f"{name}.mlp_gamma", hidden)) + self.conv(f"{name}.mlp_beta", hidden)
+        return F.group_norm(x, 32) * (1 + self.conv(f"{name}.mlp_gamma", hidden)) + self.conv(f"{name}.mlp_beta", hidden)
 
     def block(self, name: str, x: torch.Tensor, time: torch.Tensor, y: torch.Tensor, resample=lambda x: x):
         encoder = name.startswith("input_blocks")
@@ -62,7 +53,7 @@ class Reference:
             ("in_norm", "in_layers.1", "out_norm", "out_layers.2")))
         norm = self.group_norm if encoder else self.spade
         h = self.conv(conv1, resample(F.silu(norm(norm1, x, y))))
-        scale, shift = self.linear(f"{name}.emb_layers.1", F.silu(time)).split(h.shape[1], dim=1)
+        scale, shift = F.linear(F.silu(time), *self.weights(f"{name}.emb_layers.1")).split(h.shape[1], dim=1)
         h = norm(norm2, h, y) * (1 + scale[..., None, None]) + shift[..., None, None]
         x = resample(x)
         if x.shape[1] != h.shape[1]:
@@ -72,28 +63,23 @@ class Reference:
     def attention(self, name: str, x: torch.Tensor) -> torch.Tensor:
         (weight, bias), (out_weight, out_bias) = self.weights(f"{name}.qkv"), self.weights(f"{name}.proj_out")
         qkv = weight[:, :, 0] @ self.group_norm(f"{name}.norm", x).flatten(2) + bias[:, None]
-        heads = []
-        for head in range(x.shape[1] // 32):
-            query, key, value = (qkv[:, head * 96 + part * 32:][:, :32] for part in range(3))
-            heads.append(value @ (query.mT @ key / math.sqrt(32)).softmax(-1).mT)
-        return x + (out_weight[:, :, 0] @ torch.cat(heads, 1) + out_bias[:, None]).reshape(x.shape)
+        query, key, value = qkv.reshape(-1, 3 * 32, qkv.shape[2]).split(32, dim=1)  # a head behind the other
+        heads = (value @ (query.mT @ key / math.sqrt(32)).softmax(-1).mT).reshape(*x.shape[:2], -1)
+        return x + (out_weight[:, :, 0] @ heads + out_bias[:, None]).reshape(x.shape)
 
     def __call__(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         angles = t[:, None] * 10_000.0 ** (-torch.arange(16) / 16)
-        time = self.linear("time_embed.0", torch.cat([angles.cos(), angles.sin()], 1))
-        time = self.linear("time_embed.2", F.silu(time))
+        time = F.linear(torch.cat([angles.cos(), angles.sin()], 1), *self.weights("time_embed.0"))
+        time = F.linear(F.silu(time), *self.weights("time_embed.2"))
         block = lambda name, x, **resample: self.block(name, x, time, y, **resample)
-        halve = lambda x: x.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).mean((3, 5))
-        double = lambda x: x.repeat_interleave(2, 2).repeat_interleave(2, 3)
-
         h0 = self.conv("input_blocks.0.0", x)
         h1 = block("input_blocks.1.0", h0)
-        h2 = block("input_blocks.2.0", h1, resample=halve)
+        h2 = block("input_blocks.2.0", h1, resample=lambda x: F.avg_pool2d(x, 2))
         h3 = self.attention("input_blocks.3.1", block("input_blocks.3.0", h2))
         h = block("middle_block.2", self.attention("middle_block.1", block("middle_block.0", h3)))
         h = self.attention("output_blocks.0.1", block("output_blocks.0.0", torch.cat([h, h3], 1)))
         h = self.attention("output_blocks.1.1", block("output_blocks.1.0", torch.cat([h, h2], 1)))
-        h = block("output_blocks.1.2", h, resample=double)
+        h = block("output_blocks.1.2", h, resample=lambda x: F.interpolate(x, scale_factor=2))
         h = block("output_blocks.2.0", torch.cat([h, h1], 1))
         h = block("output_blocks.3.0", torch.cat([h, h0], 1))
         return self.conv("out.2", F.silu(self.group_norm("out.0", h)))
@@ -112,15 +98,6 @@ def test_official_state_dict_gives_the_reference_output():
         assert expected.std() > 0.1 and (expected - reference(noisy, t, 0 * semantics)).abs().max() > 0.1
     torch.testing.assert_close(output, expected, atol=1e-4, rtol=0)
     assert reference.used == set(state)  # the official file has these entries and no others
-    del state["out.2.bias"]
-    with pytest.raises(RuntimeError, match="(?s)Missing key.*out.2.bias.*Unexpected key.*ghost"):
-        unet.load_official({**state, "ghost": torch.zeros(1)})
-
-
-def test_published_size():
-    with torch.device("meta"):
-        unet = SDMUNet(num_classes=150)
-    assert round(sum(parameter.numel() for parameter in unet.parameters()) / 1e6, 1) == 660.6
 
 
 def test_label_channels_by_hand():
@@ -168,5 +145,4 @@ def test_checkpointing_changes_no_gradient():
         unet = tiny_unet(checkpointing=checkpointing)
         unet(torch.ones(2, 3, 8, 8), torch.tensor([5, 900]), label_maps()).square().mean().backward()
         gradients.append([parameter.grad for parameter in unet.parameters()])
-    for plain, recomputed in zip(*gradients):
-        torch.testing.assert_close(plain, recomputed, atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(*gradients, atol=1e-6, rtol=1e-4)
