@@ -125,8 +125,8 @@ def protocol_of(metric: str, record: dict) -> dict:
     rests = {"features": metric.startswith(("fid", "fd_", "kid")), "kid": metric.startswith("kid"),
              "segmenter": metric.startswith(("miou", "pixel_accuracy", "class_iou")),
              "diversity": metric.endswith("_diversity"), **dict.fromkeys(("seed", "truncation", "versions", "platform"), False)}
-    return {key: value for key, value in record.items()
-            if key.startswith("protocol.") and rests.get(key.split(".")[1], True)}
+    return {key: value for key, value in record.items()  # a network is known by its weights, whatever its file is called
+            if key.startswith("protocol.") and rests.get(key.split(".")[1], True) and key != "protocol.segmenter.name"}
 
 
 def separate_protocols(runs: list[Run]) -> list[str]:

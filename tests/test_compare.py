@@ -92,7 +92,7 @@ def test_table_has_means_and_deviations_of_seeds(four_runs, tmp_path, capsys, mo
 
 
 def test_other_protocols_get_other_columns(four_runs, tmp_path, capsys):
-    other = PROTOCOL | {"segmenter": {"sha256": "t"}}
+    other = PROTOCOL | {"segmenter": {"sha256": "t", "name": "another.pt"}}
     metrics = [{"step": 4, "fd_tf_efficientnet_lite2": 60.0, "miou": 0.4}]
     call(*four_runs, write_run(tmp_path / "runs/c", metrics, protocol=other, loss={"diversity": 0}))
     said = capsys.readouterr().out
