@@ -32,7 +32,7 @@ from plots import draw_curves, draw_strips, evaluated, is_headline, read_records
 from systems import system_for
 
 TRAIN = Path(__file__).parent / "train.py"
-DATA_SET = ("name", "holdout", "classes", "void", "palette")  # of the section data; and the last part of root
+DATA_SET = ("name", "holdout", "classes", "void", "palette")  # and the last part of root: it may lie elsewhere
 FREE = ("name", "train.steps", *LOCAL)  # what may change in an ablation whose runs are there
 
 
@@ -54,7 +54,8 @@ class Run:
         if not (folder / "config.yaml").is_file():
             raise UserError(f"{folder}: no run; a run is a folder with a config.yaml, such as runs/NAME")
         self.folder, self.settings = folder, load_settings(folder / "config.yaml")
-        self.flat = flat(self.settings)
+        self.flat, data = flat(self.settings), self.settings.data
+        self.data_set = {"root": Path(data.root or "").name} | {key: getattr(data, key) for key in DATA_SET}
         self.metrics, self.log = (read_records(folder / name) for name in ("metrics.jsonl", "log.jsonl"))
 
     def state(self) -> str:
@@ -98,10 +99,8 @@ def read_runs(folders: list[Path]) -> tuple[list[Run], list[str]]:
     for folder in dict.fromkeys(folders):
         try:
             run = Run(folder)
-            data_set = lambda run: {"root": Path(run.settings.data.root or "").name} | {
-                key: getattr(run.settings.data, key) for key in DATA_SET}
-            for key, value in data_set(run).items():
-                if runs and value != data_set(runs[0])[key]:
+            for key, value in run.data_set.items():
+                if runs and value != runs[0].data_set[key]:
                     raise UserError(f"{folder}: another data set than {runs[0].folder}, data.{key} differs")
             runs.append(run)
             notes += [f"{folder}: other settings until step {int(path.stem[-7:])}, see {path.name}"

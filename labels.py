@@ -200,8 +200,8 @@ def decode_label(image: Image.Image, path: str | Path, form: LabelFormat) -> np.
                         "data.palette=[[0,0,0],[255,255,255]], or data.void=255 if 255 means unlabelled")
     known = np.flatnonzero(form.ids < form.num_classes)
     raise UserError(f"{path}: id {bad[0]} is none of the ids of {form.num_classes} classes, {known[0]} to {known[-1]}, nor "
-                    "void; mend the file, raise data.classes or name a table there, or set data.void to the id of unlabelled "
-                    "pixels")
+                    "void; mend the file, raise data.classes or name a table there, leave out a data.palette of grays, or set "
+                    "data.void to the id of unlabelled pixels")
 
 
 def read_label_file(path: str | Path, state: dict, size: tuple[int, int], content: bytes | None = None) -> np.ndarray:
