@@ -85,6 +85,8 @@ def main(arguments: argparse.Namespace) -> None:
     system, generator, state = load_generator(checkpoint, device, arguments.config)
     files = label_files(arguments.labels, system.settings.data)
     files = {name: path for name, path in files.items() if arguments.out not in path.parents}
+    if not files:
+        raise UserError(f"{arguments.labels}: no label maps but those in --out {arguments.out}; choose another --out")
     check_options(system, arguments)
     system, size = system.with_options(arguments), system.settings.data.size
     if arguments.resample:

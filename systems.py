@@ -74,13 +74,13 @@ class Adversarial(System):
     def trainer(self, device: torch.device) -> Trainer:
         settings = self.settings
         torch.manual_seed(settings.seed)
-        backbone, given, discriminator = None, settings.discriminator.arguments, DISCRIMINATORS[settings.discriminator.name]
-        wants_features = "feature_channels" in inspect.signature(discriminator).parameters
+        backbone, discriminator_class = None, DISCRIMINATORS[settings.discriminator.name]
+        wants_features = "feature_channels" in inspect.signature(discriminator_class).parameters
         if wants_features or settings.loss.contrastive or settings.loss.perceptual:
             backbone = Backbone(**settings.backbone.model_dump(), bf16=device.type == "cuda")
         generator = self.build()
         needed = [self.num_classes, backbone.channels] if wants_features else [self.num_classes]
-        discriminator = discriminator(*needed, **given)
+        discriminator = discriminator_class(*needed, **settings.discriminator.arguments)
         return GAN(generator, discriminator, backbone, settings, device)
 
     def generate(self, generator: nn.Module, label_map: Tensor, seeds: list[int], k: int, preview=None) -> Tensor:
