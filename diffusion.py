@@ -120,16 +120,6 @@ def training_loss(unet: nn.Module, image: Tensor, label_map: Tensor, t: Tensor, 
     return {"simple": (noise - eps).square().mean(dim=(1, 2, 3)), "vb": bits.mean(dim=(1, 2, 3))}
 
 
-def guide(output: Tensor, guidance: float) -> Tensor:
-    """Classifier-free guidance: eps_uncond + guidance * (eps_cond - eps_uncond), v of the conditional pass.
-
-    output: (2B, 6, H, W), conditional then unconditional. Returns (B, 6, H, W).
-    """
-    conditional, unconditional = output.chunk(2)
-    eps, v = conditional.chunk(2, dim=1)
-    return torch.cat([torch.lerp(unconditional[:, :3], eps, guidance), v], dim=1)
-
-
 def ancestral_step(noisy: Tensor, output: Tensor, index: int, noise: Tensor, s: Schedule) -> Tensor:
     """A draw of the next, less noisy image. output: (B, 6, H, W). At index 0 no noise is added."""
     eps, v = output.float().chunk(2, dim=1)
@@ -179,8 +169,9 @@ def sample(unet: nn.Module, label_map: Tensor, noise: Iterator[Tensor], steps: i
     for index in tqdm(range(steps - 1, -1, -1), desc="sampling", unit="step", leave=False, disable=not progress):
         with half:
             output = unet(x, s.t[index].expand(len(x)), features)
-        if guidance != 1:
-            output = guide(output, guidance)
+        if guidance != 1:  # eps_uncond + guidance * (eps_cond - eps_uncond), v of the conditional pass
+            output, unconditional = output.chunk(2)
+            output = torch.cat([torch.lerp(unconditional[:, :3], output[:, :3], guidance), output[:, 3:]], dim=1)
         if preview is not None:
             preview(predict_image(x, output[:, :3].float(), index, s).clamp(-1, 1))
         if sampler == "ddim":
