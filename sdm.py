@@ -139,7 +139,7 @@ class ResidualBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, time_channels: int, label_channels: int | None = None,
                  spade_channels: int = 128, stride: int = 1, resample: str | None = None):
         super().__init__()
-        self.resample = resample
+        self.resample = {"up": nn.Upsample(scale_factor=2), "down": nn.AvgPool2d(2), None: nn.Identity()}[resample]
 
         def norm(channels: int, stride: int) -> nn.Module:
             if label_channels is None:
@@ -153,17 +153,12 @@ class ResidualBlock(nn.Module):
         self.conv2 = zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1))
         self.skip = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
 
-    def _resample(self, x: Tensor) -> Tensor:
-        if self.resample == "up":
-            return F.interpolate(x, scale_factor=2, mode="nearest")
-        return F.avg_pool2d(x, 2) if self.resample == "down" else x
-
     def forward(self, x: Tensor, embedding: Tensor, labels1=(), labels2=()) -> Tensor:
         """x: (B, in_channels, h, w). embedding: (B, time_channels). labels1, labels2: what the two norms take."""
-        h = self.conv1(self._resample(F.silu(self.norm1(x, *labels1))))
+        h = self.conv1(self.resample(F.silu(self.norm1(x, *labels1))))
         scale, shift = self.time(embedding)[:, :, None, None].chunk(2, dim=1)
         h = torch.addcmul(shift, self.norm2(h, *labels2), 1 + scale)
-        return self.skip(self._resample(x)) + self.conv2(F.silu(h))
+        return self.skip(self.resample(x)) + self.conv2(F.silu(h))
 
 
 class SelfAttention(nn.Module):
