@@ -14,7 +14,6 @@ Label maps hold classes 0..C-1 and C for void. OASIS's cross-entropy is that of 
 import re
 from collections.abc import Mapping
 from itertools import pairwise
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,18 +23,13 @@ BLOCKS = 6          # residual blocks in the generator, and down and up in the d
 SPADE_HIDDEN = 128  # channels between the label map and a SPADE layer's scale and shift
 
 
-class Neighborhoods(NamedTuple):
-    """What the label branches at one resolution look up."""
-    rows: Tensor   # int64 (B, h, w, 18), rows of `LabelConv`'s table: nine neighbors' classes, and their noise
-    noise: Tensor  # (V, z_dim), the noise vectors that the rows refer to
-
-
-def _neighborhoods(label_map: Tensor, noise: Tensor, noise_ids: Tensor, num_classes: int) -> Neighborhoods:
-    """Prepare one resolution: noise (V, z_dim), label_map and noise_ids (rows of noise) int64 (B, h, w)."""
+def _neighborhoods(label_map: Tensor, noise_ids: Tensor, num_classes: int) -> Tensor:
+    """What the label branches at one resolution look up, int64 (B, h, w, 18): rows of `LabelConv`'s table, nine neighbors'
+    classes and their noise. label_map and noise_ids (rows of the noise vectors): int64 (B, h, w)."""
     # The table's blocks of nine rows: 0 = outside (zeros), then the classes and void, then the noise vectors.
     blocks = F.pad(torch.stack([label_map + 1, noise_ids + num_classes + 2]), (1, 1, 1, 1))
     windows = blocks.unfold(2, 3, 1).unfold(3, 3, 1).movedim(0, 3).flatten(3)
-    return Neighborhoods(9 * windows + torch.arange(9, device=windows.device).repeat(2), noise)
+    return 9 * windows + torch.arange(9, device=windows.device).repeat(2)
 
 
 class LabelConv(nn.Conv2d):
@@ -46,14 +40,14 @@ class LabelConv(nn.Conv2d):
         super().__init__(z_dim + num_classes + 1, features, 3, padding=1)
         self.z_dim = z_dim
 
-    def forward(self, near: Neighborhoods) -> Tensor:
-        """-> (B, h, w, features)."""
+    def forward(self, near: Tensor, z: Tensor) -> Tensor:
+        """near: of `_neighborhoods`. z: (V, z_dim), the noise vectors. -> (B, h, w, features)."""
         by_channel = self.weight.permute(1, 2, 3, 0)
-        by_noise = near.noise @ by_channel[:self.z_dim].flatten(1)
+        by_noise = z @ by_channel[:self.z_dim].flatten(1)
         blocks = [by_channel.new_zeros(9, self.out_channels), by_channel[self.z_dim:].flatten(0, 2),
                   by_noise.to(by_channel.dtype).view(-1, self.out_channels)]
-        features = F.embedding_bag(near.rows.flatten(0, 2), torch.cat(blocks), mode="sum") + self.bias
-        return features.unflatten(0, near.rows.shape[:3])
+        features = F.embedding_bag(near.flatten(0, 2), torch.cat(blocks), mode="sum") + self.bias
+        return features.unflatten(0, near.shape[:3])
 
 
 def _channels_second(features: Tensor, like: Tensor) -> Tensor:
@@ -111,9 +105,9 @@ class SPADE(nn.Module):
         self.gamma = nn.Conv2d(SPADE_HIDDEN, features, 3, padding=1)
         self.beta = nn.Conv2d(SPADE_HIDDEN, features, 3, padding=1)
 
-    def forward(self, x: Tensor, near: Neighborhoods) -> Tensor:
+    def forward(self, x: Tensor, near: Tensor, z: Tensor) -> Tensor:
         """x: (B, features, h, w) -> the same shape."""
-        hidden = _channels_second(F.relu(self.shared(near)), like=x)
+        hidden = _channels_second(F.relu(self.shared(near, z)), like=x)
         scale, shift = 1 + self.gamma(hidden), self.beta(hidden)
         return torch.addcmul(shift, self.norm(x), scale)
 
@@ -133,10 +127,10 @@ class GeneratorBlock(nn.Module):
             self.conv_s = SpectralConv2d(features_in, features_out, 1, bias=False)
             self.norm_s = SPADE(features_in, z_dim, num_classes)
 
-    def forward(self, x: Tensor, near: Neighborhoods) -> Tensor:
-        shortcut = self.conv_s(self.norm_s(x, near)) if self.learned_shortcut else x
-        x = self.conv_0(F.leaky_relu(self.norm_0(x, near), 0.2, inplace=True))
-        x = self.conv_1(F.leaky_relu(self.norm_1(x, near), 0.2, inplace=True))
+    def forward(self, x: Tensor, near: Tensor, z: Tensor) -> Tensor:
+        shortcut = self.conv_s(self.norm_s(x, near, z)) if self.learned_shortcut else x
+        x = self.conv_0(F.leaky_relu(self.norm_0(x, near, z), 0.2, inplace=True))
+        x = self.conv_1(F.leaky_relu(self.norm_1(x, near, z), 0.2, inplace=True))
         return shortcut + x
 
 
@@ -184,9 +178,9 @@ class OASISGenerator(nn.Module):
         for i, block in enumerate(self.blocks):
             stride = 2 ** (BLOCKS - 1 - i)  # nearest resizing by a whole factor keeps every stride-th pixel
             labels, ids = (full[:, ::stride, ::stride] for full in (label_map, noise_ids))
-            near = _neighborhoods(labels, z, ids, self.num_classes)
-            x = _channels_second(self.first(near), self.to_rgb.weight) if x is None else F.interpolate(x, scale_factor=2)
-            x = block(x, near)
+            near = _neighborhoods(labels, ids, self.num_classes)
+            x = _channels_second(self.first(near, z), self.to_rgb.weight) if x is None else F.interpolate(x, scale_factor=2)
+            x = block(x, near, z)
         return torch.tanh(self.to_rgb(F.leaky_relu(x, 0.2)))
 
 
