@@ -254,11 +254,6 @@ class Discriminator(nn.Module):
         num_classes: C.
         feature_channels: channels of the backbone's features, finest first (`Backbone.channels`).
         channels: width at full resolution; scale l has min(channels * 2 ** (l + 1), 4 * channels).
-
-    Example:
-        backbone = Backbone("tf_efficientnet_lite0")
-        discriminator = Discriminator(num_classes=150, feature_channels=backbone.channels)
-        logits = discriminator(image, backbone(image))
     """
 
     def __init__(self, num_classes: int, feature_channels: list[int], channels: int = 64):
