@@ -19,7 +19,6 @@ import onnxruntime
 import torch
 import torch.nn.functional as F
 from onnx import helper, numpy_helper
-from torch import Tensor
 
 from checkpoint import load_generator, newest_checkpoint
 from config import UserError, run_script
@@ -27,15 +26,14 @@ from dataset import example_pairs
 from systems import TRUNCATIONS, WALK
 
 RUNTIME = ("ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm")
-MOST_ERROR = 1e-3    # of the file against PyTorch, images in [-1, 1]
-MOST_ROUNDING = 2    # by float16 weights, images in 0..255
+MOST_ERROR = 4  # of the file against PyTorch, images in 0..255; float16 weights round
 
 # What torch's exporter refuses or makes loops of, in plain operations.
 PLAIN = {"scaled_dot_product_attention": lambda q, k, v: (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v,
          "embedding_bag": lambda rows, table, mode: sum(F.embedding(part, table).sum(1) for part in rows.chunk(3, 1))}
 
 
-def halve_weights(path: Path, smaller: Path) -> None:
+def halve_weights(path: Path) -> None:
     """Store the weights of a model as float16. It computes in float32 all the same."""
     model = onnx.load(path)
     for weight in list(model.graph.initializer):
@@ -45,14 +43,7 @@ def halve_weights(path: Path, smaller: Path) -> None:
             model.graph.initializer.remove(weight)
             model.graph.initializer.append(half)
             model.graph.node.insert(0, helper.make_node("Cast", [half.name], [weight.name], to=onnx.TensorProto.FLOAT))
-    onnx.save(model, smaller)
-
-
-def largest_error(path: Path, inputs: dict[str, Tensor], image: Tensor) -> float:
-    """Largest difference between the image that a file draws and `image`; NaN where there is one."""
-    session = onnxruntime.InferenceSession(path)
-    drawn = session.run(None, {entry.name: inputs[entry.name].numpy() for entry in session.get_inputs()})[0]
-    return (torch.from_numpy(drawn) - image).abs().max().item()
+    onnx.save(model, path)
 
 
 @torch.no_grad()
@@ -73,21 +64,17 @@ def main(arguments: argparse.Namespace) -> None:
     image = generator(**inputs)
 
     (out / "example").mkdir(parents=True)
-    model, half = out / "model.onnx", out / "half.onnx"
+    model = out / "model.onnx"
     with patch.multiple(F, **PLAIN):
         torch.onnx.export(generator, kwargs=inputs, f=str(model), input_names=list(inputs),
                           output_names=["image"], dynamo=True, external_data=False, verbose=False)
-    error = largest_error(model, inputs, image)
-    if not error <= MOST_ERROR:
-        raise UserError(f"{model}: its images differ by {error:.2g} from PyTorch's; the limit is {MOST_ERROR}")
-    halve_weights(model, half)
-    rounding = 127.5 * largest_error(half, inputs, image)
-    if rounding <= MOST_ROUNDING:
-        half.replace(model)
-    else:
-        half.unlink()
-    print(f"largest difference from PyTorch: {error:.2g} in [-1, 1]; {rounding:.2g} in 0..255 with float16 weights, "
-          f"which are {'kept' if rounding <= MOST_ROUNDING else 'not used'}")
+    halve_weights(model)
+    session = onnxruntime.InferenceSession(model)
+    drawn = session.run(None, {entry.name: inputs[entry.name].numpy() for entry in session.get_inputs()})[0]
+    error = 127.5 * np.abs(drawn - image.numpy()).max()
+    print(f"largest difference from PyTorch: {error:.2g} in 0..255")
+    if not error <= MOST_ERROR:  # or it is NaN
+        raise UserError(f"{model}: its images differ by {error:.2g} from PyTorch's, of 0..255; the limit is {MOST_ERROR}")
 
     shutil.copy(Path(__file__).with_name("paint.html"), out / "index.html")
     for name in RUNTIME:
