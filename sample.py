@@ -46,14 +46,6 @@ def find_class(name: str, class_names: list[str]) -> int:
     raise UserError(f"--resample {name}: no such class; the model has {', '.join(class_names)}")
 
 
-def read_maps(path: Path, state: dict, size: tuple[int, int], instances: Path | None = None) -> list[torch.Tensor]:
-    """Label file -> int64 (1, H, W) in 0..C at `size`; and of the file `instances`, if given, int32 ids."""
-    maps = [torch.from_numpy(read_label_file(path, state, size)).long()]
-    if instances:
-        maps.append(torch.from_numpy(read_instance_map(instances, size)))
-    return [m[None] for m in maps]
-
-
 def check_options(system: System, arguments: argparse.Namespace) -> None:
     """Raise UserError for options that do not go together, or that this model does not have."""
     if arguments.num < 1 or arguments.interpolate == 1 or arguments.interpolate < 0 or arguments.seed < 0:
@@ -95,8 +87,12 @@ def main(arguments: argparse.Namespace) -> None:
     share, rows = list(files)[rank::world_size], {}
 
     def read(name: str) -> list[torch.Tensor]:
-        namesake = f"{name.replace('_labelIds', '_instanceIds')}{files[name].suffix}"
-        return read_maps(files[name], state, size, arguments.instances and arguments.instances / namesake)
+        """The label map, int64 (1, H, W) in 0..C, and the instance map, int32 (1, H, W), if one is asked for."""
+        maps = [torch.from_numpy(read_label_file(files[name], state, size)).long()[None]]
+        if arguments.instances:
+            namesake = arguments.instances / f"{name.replace('_labelIds', '_instanceIds')}{files[name].suffix}"
+            maps.append(torch.from_numpy(read_instance_map(namesake, size))[None])
+        return maps
 
     for name in tqdm(share, desc="check", leave=False, disable=rank != 0):
         read(name)

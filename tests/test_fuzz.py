@@ -18,7 +18,6 @@ import scenes
 from checkpoint import label_state, load_checkpoint, load_generator
 from config import UserError, check_settings, load_settings
 from dataset import read_image
-from sample import read_maps
 from systems import system_for
 
 SETTINGS = check_settings({**TINY, "generator": {"channels": [4, 4], "z_dim": 4, "style_dim": 4, "num_tokens": 2}}, "tiny")
@@ -60,7 +59,7 @@ def picture(pixels: np.ndarray, format: str, mode: str) -> bytes:
 
 KINDS = {  # what is mutated -> (files, how, reader)
     "label map": ([picture(LABEL, "PNG", "L"), picture(LABEL, "PNG", "P"), picture(FORM.palette[LABEL], "PNG", "RGBA")],
-                  some_bytes, lambda path: read_maps(path, STATE, (32, 32))),
+                  some_bytes, lambda path: labels.read_label_file(path, STATE, (32, 32))),
     "image": ([picture(IMAGE, format, "RGB") for format in ("PNG", "JPEG", "WEBP", "BMP", "TIFF")], some_bytes, read_image),
     "config": ([(ROOT / "config.yaml").read_bytes(), (ROOT / "configs/camvid.yaml").read_bytes()],
                text, lambda path: labels.label_format(load_settings(path).data)),
@@ -107,7 +106,7 @@ def test_other_files_are_refused_and_not_executed(tmp_path, monkeypatch, content
     path = tmp_path / "program"
     path.write_bytes(content)
     for read in (load_checkpoint, lambda path: load_generator(path, config_path=ROOT / "config.yaml"), read_image,
-                 lambda path: read_maps(path, STATE, (32, 32))):
+                 lambda path: labels.read_label_file(path, STATE, (32, 32))):
         with pytest.raises(UserError, match="program: |leave --config out"):
             read(path)
     assert [file.name for file in tmp_path.iterdir()] == ["program"]
