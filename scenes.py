@@ -106,14 +106,13 @@ class Canvas:
         self.image[area] *= 1 - self.shade * np.maximum(1 - ((u - x) / width) ** 2 - ((v - y) / height) ** 2, 0)[..., None]
 
 
-def render(split: str, index: int, size: tuple[int, int], look: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def render(split: str, index: int, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
     """Draws scene `index` of a split ("train" or "val") at size (height, width).
 
-    Another `look` is another picture of the same label map.
     Returns the image, uint8 (H, W, 3), and the label map, uint8 (H, W) in 0..12, 12 = void.
     """
     seed = [list(LENGTHS).index(split), index]
-    plan, canvas = np.random.default_rng([*seed, 0]), Canvas(size, np.random.default_rng([*seed, 1, look]))
+    plan, canvas = np.random.default_rng([*seed, 0]), Canvas(size, np.random.default_rng([*seed, 1, 0]))
     horizon = plan.uniform(0.36, 0.52)
     _sky(canvas, horizon)
     (_street if plan.random() < 0.55 else _landscape)(canvas, plan, horizon)

@@ -5,15 +5,11 @@ import numpy as np
 import scenes
 
 
-def test_a_scene_follows_from_split_and_index_alone_and_has_many_looks():
+def test_a_scene_follows_from_split_and_index_alone():
     keys = [(split, index) for split in ("train", "val") for index in range(4)]
     for part in (0, 1):  # image, label map
         pictures, again = ([scenes.render(*key, (32, 48))[part].tobytes() for key in order] for order in (keys, keys[::-1]))
         assert len(set(pictures)) == 8 and again == pictures[::-1]
-    looks = [scenes.render("val", 3, (64, 64), look) for look in range(6)]
-    assert all(np.array_equal(looks[0][1], label) for _, label in looks)
-    images = np.stack([image for image, _ in looks]).astype(float)
-    assert np.mean([np.abs(a - b).mean() for a in images for b in images if a is not b]) > 25
 
 
 def test_size_changes_the_resolution_not_the_scene():
