@@ -40,6 +40,8 @@ def system_for(settings: Settings, num_classes: int) -> System:
     if settings.eval.truncation != 1 and "truncation" not in system.options:
         raise UserError(f"eval.truncation is {settings.eval.truncation}; {settings.generator.name} has no noise to "
                         f"multiply, set it to 1")
+    if settings.data.instances and "instances" not in system.options:
+        raise UserError("data.instances is true; only sdm with generator.instance_edges=true uses instance maps")
     return system
 
 
@@ -65,8 +67,6 @@ class Adversarial(System):
         discriminator = named(DISCRIMINATORS, settings, "discriminator")
         super().__init__(complete(complete(settings, "generator", self.generator_class), "discriminator", discriminator),
                          num_classes)
-        if settings.data.instances:
-            raise UserError("data.instances is true; only sdm with generator.instance_edges=true uses instance maps")
 
     def build(self) -> nn.Module:
         return self.generator_class(self.num_classes, **self.settings.generator.arguments)
@@ -145,8 +145,6 @@ class SDM(System):
         super().__init__(complete(settings, "generator", SDMUNet), num_classes)
         edges = self.settings.generator.arguments["instance_edges"]
         self.options = frozenset({"steps", "guidance", *(["instances"] if edges else [])})
-        if settings.data.instances and not edges:
-            raise UserError("data.instances is true; only generator.instance_edges=true uses instance maps")
 
     def build(self) -> nn.Module:
         return SDMUNet(self.num_classes, **self.settings.generator.arguments)
