@@ -6,7 +6,6 @@ discriminator, ...). The frozen backbone is not in it.
 """
 
 import os
-import shutil
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -49,12 +48,6 @@ def save_checkpoint(state: dict, path: Path) -> None:
     """Write a dict of tensors and plain values to `path`, whole or not at all. Raises UserError, see `whole_file`."""
     with whole_file(path) as temporary, open(temporary, "wb") as file:
         torch.save(state, file)
-
-
-def copy_checkpoint(source: Path, path: Path) -> None:
-    """A copy of the checkpoint `source`, whole or not at all; no link, as people write over files. Raises UserError."""
-    with whole_file(path) as temporary:
-        shutil.copyfile(source, temporary)
 
 
 def label_state(form: LabelFormat) -> dict:

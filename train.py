@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
-from checkpoint import copy_checkpoint, label_state, load_checkpoint, save_checkpoint, whole_file
+from checkpoint import label_state, load_checkpoint, save_checkpoint, whole_file
 from config import LOCAL, Settings, UserError, flatten, load_settings, run_script
 from dataset import LabeledImages, build_dataset, evenly_spaced, leave_signals_to_parent, quick_check
 from distributed import all_reduce, from_first_process, gather, hold, peak_memory, setup_distributed
@@ -110,20 +110,17 @@ def check_fit(settings: Settings, trainer: Trainer, world_size: int) -> None:
                         f"none")
 
 
-def read_losses(pending: list[tuple[int, dict[str, torch.Tensor]]], run: Path, trainer: Trainer) -> dict[str, float]:
-    """The latest value of each loss of the steps since the last look, averaged over processes: the one place that waits for
-    a GPU. Raises UserError for the first one that is not finite."""
-    flat = torch.stack([value.float() for _, values in pending for value in values.values()])
+def read_losses(losses: dict[str, torch.Tensor], run: Path, step: int, trainer: Trainer) -> dict[str, float]:
+    """Losses averaged over processes: the one place that waits for a GPU. Raises UserError for one that is not finite."""
+    flat = torch.stack([value.float() for value in losses.values()])
     all_reduce([flat], average=True)
-    numbers, latest = iter(flat.tolist()), {}
-    for step, values in pending:
-        for name in values:
-            latest[name] = next(numbers)
-            if not math.isfinite(latest[name]):
-                rates = " and ".join(f"train.{rate}" for rate, _ in trainer.rates.values())
-                raise UserError(f"{run}: {name} is {latest[name]} at step {step}; the last checkpoint is kept. Go on from "
-                                f"it with a lower {rates}")
-    return latest
+    values = dict(zip(losses, flat.tolist()))
+    for name, value in values.items():
+        if not math.isfinite(value):
+            rates = " and ".join(f"train.{rate}" for rate, _ in trainer.rates.values())
+            raise UserError(f"{run}: {name} is {value} at step {step}; the last checkpoint is kept. Go on from it with a "
+                            f"lower {rates}")
+    return values
 
 
 @torch.no_grad()
@@ -212,29 +209,30 @@ def main(settings: Settings, resume: bool) -> None:
                                      world_size)
         if rank == 0:
             if recorder.score(metrics) < recorder.best(metrics):
-                copy_checkpoint(run / "checkpoints" / "latest.pt", run / "checkpoints" / "best.pt")
+                with whole_file(run / "checkpoints" / "best.pt") as path:
+                    shutil.copyfile(run / "checkpoints" / "latest.pt", path)
             recorder.evaluation({"step": step, **metrics})
             records = [record for name in ("metrics.jsonl", "log.jsonl") for record in read_records(run / name)]
             draw_curves({run.name: [records]}, run / "curves.png")
 
     if source and due(train.eval_every, first) and not from_first_process(lambda: evaluated(run, first)):
         evaluate(first)  # the run ended after its save
-    pending, since = [], time.time()
+    losses, looked, since = {}, first, time.time()
     bar = tqdm(loader, initial=first, total=train.steps, disable=rank != 0, unit="step", dynamic_ncols=True)
     for step, batch in enumerate(bar, first + 1):
         image, label_map, *instances = (t.to(device, non_blocking=True) for t in batch)
-        pending.append((step, trainer.step(image, label_map, step - 1, list(places), *instances)))
+        losses |= trainer.step(image, label_map, step - 1, list(places), *instances)  # some come only every few steps
         stopping = any(gather(bool(stop)))
         logging, evaluating = due(train.log_every, step), due(train.eval_every, step)
         saving = due(train.save_every, step) or evaluating or stopping
         if logging or saving:
-            values = read_losses(pending, run, trainer)
+            values = read_losses(losses, run, step, trainer)
             if rank == 0 and logging:
-                speed = len(pending) * train.batch_size / (time.time() - since)
+                speed = (step - looked) * train.batch_size / (time.time() - since)
                 recorder.write("log.jsonl", {"step": step, **values, "images_per_second": speed,
                                              **dict(trainer.rates.values()), "peak_memory_gib": peak_memory(device)})
                 bar.set_postfix({name: f"{value:.3f}" for name, value in values.items()}, refresh=False)
-            pending, since = [], time.time()
+            losses, looked, since = {}, step, time.time()
         sampling = due(train.sample_every, step)
         if sampling or saving:
             trainer.refresh(maps)
@@ -261,11 +259,12 @@ def main(settings: Settings, resume: bool) -> None:
 
 
 def save(run: Path, step: int, settings: Settings, dataset: LabeledImages, trainer: Trainer) -> None:
-    """Write checkpoints/latest.pt and a copy, STEP.pt; drop the oldest beyond train.keep."""
+    """Write checkpoints/latest.pt and the same as STEP.pt (no link, as people write over files); drop the oldest beyond
+    train.keep."""
     folder = run / "checkpoints"
-    save_checkpoint({"config": settings.model_dump(mode="json"), **label_state(dataset.form), "step": step,
-                     **trainer.state_dict()}, folder / "latest.pt")
-    copy_checkpoint(folder / "latest.pt", folder / f"{step:07d}.pt")
+    state = {"config": settings.model_dump(mode="json"), **label_state(dataset.form), "step": step, **trainer.state_dict()}
+    for name in ("latest", f"{step:07d}"):
+        save_checkpoint(state, folder / f"{name}.pt")
     numbered = [path for path in folder.glob("*.pt") if path.stem.isdigit()]
     for old in sorted(numbered, key=lambda path: path.stat().st_mtime)[: -settings.train.keep]:  # a run may have gone back
         old.unlink()
