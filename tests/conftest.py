@@ -3,7 +3,6 @@
 import itertools
 import multiprocessing
 import os
-import re
 import runpy
 import signal
 import sys
@@ -100,8 +99,8 @@ def sample(tmp_path, call):
         folder = Path(tempfile.mkdtemp(dir=tmp_path))
         put(folder / "labels/painted.png", label)
         call("sample.py", "--labels", folder / "labels", "--out", folder / "out", *options)
-        number = lambda path: ([int(digits) for digits in re.findall(r"\d+", path.name)], path.name)
-        return [np.asarray(Image.open(path)) for path in sorted((folder / "out").iterdir(), key=number)]
+        paths = sorted((folder / "out").iterdir(), key=lambda path: (len(path.name), path.name))
+        return [np.asarray(Image.open(path)) for path in paths]
     return draw
 
 

@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,24 +11,17 @@ from config import Settings, check_settings, load_settings, run_script
 
 
 @pytest.mark.parametrize("overrides, named", [
-    (["trian.steps=5"], ["trian", "train"]),
     (["train.lr=5"], ["did you mean train.lr_generator?"]),
-    (["lr=5"], ["did you mean train.lr_generator?"]),
     (["batch_size=4"], ["did you mean train.batch_size or eval.batch_size?"]),
     (["train.steps=" + "many" * 1000], ["train.steps", "many", "integer"]),
-    (["train.steps=0"], ["train.steps is 0; "]),
     (["train.betas=[a, 0.9]"], ["train.betas is ['a', 0.9]; "]),
-    (["data.load_scale=.inf"], ["data.load_scale is inf; "]),
     (["loss.focal_gamma=0.5"], ["loss.focal_gamma is 0.5; "]),
     (["data.size=[30, 32]"], ["data.size", "multiples of 4"]),
     (["generator.channel=3"], ["generator.channel", "generator.channels"]),
     (["discriminator={name: oasis, channels: 2}"], ["both must be multiples of 64 for this discriminator"]),
-    (["backbone.name=resnet5000"], ["resnet5000"]),
     (["backbone.weights=nowhere.pth"], ["nowhere.pth"]),
     (["eval.features=resnet5000", "eval.metric=miou"], ["eval.features is 'resnet5000'"]),
-    (["backbone.pretrained=false", "backbone.weights=nowhere.pth"], ["backbone.pretrained is false", "choose one"]),
-    (["backbone.input_scale=0.01"], ["backbone.input_scale is 0.01; "]),
-    (["init_from=nowhere.pt"], ["nowhere.pt"]),
+    (["backbone.name=levit_128s", "backbone.pretrained=false"], ["'levit_128s': it takes no images of 32 x 32"]),
     (["eval.metric=fdd"], ["eval.metric", "fdd"]),
     (["train.batch_size=3", "train.accumulation=2"], ["train.batch_size", "3"]),
     (["data.root=x"], ["data.root is 'x', and data.name scenes, which has its own; for data of yours set data.name=folder"]),
@@ -36,14 +30,11 @@ from config import Settings, check_settings, load_settings, run_script
     (["data.calibration_images=1"], ["there is one image; add training pairs"]),
     (["eval.num_images=1"], ["eval.num_images is 1, val has 500: distances need at least 2"]),
     (["generator.noise=crossattention"], ["generator.noise is 'crossattention'"]),
-    (["generator.channels=[a]"], ["generator.channels"]),
     (["generator.channels=[200, 200]"], ["generator.channels: 200", "multiple of 64"]),
     (["generator.name=toys"], ["generator.name is 'toys'; there are dp_sims, oasis, sdm"]),
-    (["discriminator.name=patch"], ["discriminator.name is 'patch'; there are backbone, oasis"]),
     (["diffusion.drop_labels=0"], ["diffusion.guidance is 1.5; without dropped label maps"]),
     (["generator={name: sdm}", "eval.truncation=2"], ["eval.truncation is 2.0; sdm has no noise to multiply"]),
-    (["generator={name: sdm, base_channels: 48}"], ["base_channels 48 times multiplier 1 is 48: make it a multiple of 32"]),
-    (["generator={name: sdm, head_channels: 24}"], ["head_channels 24 does not divide"])])
+    (["generator={name: sdm, base_channels: 48}"], ["base_channels 48 times multiplier 1 is 48: make it a multiple of 32"])])
 def test_bad_configuration_is_one_line_before_training(train, tiny_config, tmp_path, overrides, named):
     with pytest.raises(ValueError) as error:
         train(tiny_config, *overrides)
@@ -87,6 +78,8 @@ def test_errors_are_one_line_but_a_bug_keeps_its_traceback(call, tmp_path):
         run_script(lambda: models.Generator(3, noise="x"))  # a ValueError of a file of ours
     with pytest.raises(ValueError):
         run_script(lambda: np.zeros(3).reshape(2))
+    with pytest.raises(SystemExit, match="^error: .*No space left on device; free space, .* goes on with --resume"):
+        run_script(lambda: Path("/dev/full").write_text("a"))
 
 
 def test_keys_of_earlier_versions_that_changed_nothing_are_passed_by():

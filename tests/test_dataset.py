@@ -70,7 +70,6 @@ def test_images_of_any_mode(tmp_path, mode, value, expected):
         picture.putpalette([9, 8, 7])
     path = put(tmp_path / ("x.tif" if mode == "CMYK" else "x.png"), picture)
     assert np.array_equal(read_image(path), np.full((6, 8, 3), expected, np.uint8))
-    assert np.array_equal(read_image(path, (3, 5)), np.full((3, 5, 3), expected, np.uint8))
 
 
 def smooth_picture(height, width):
@@ -81,13 +80,11 @@ def smooth_picture(height, width):
 @pytest.mark.parametrize("suffix", [".jpg", ".png"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_turns_images_upright(tmp_path, suffix, orientation):
-    """Damaged behind the orientation, too: a letter where a position is an error, at which ImageOps.exif_transpose stops."""
     exif = Image.Exif()
-    exif[ExifTags.Base.Orientation], exif.get_ifd(ExifTags.IFD.GPSInfo)[ExifTags.GPS.GPSLatitudeRef] = orientation, "N"
-    damaged = exif.tobytes().replace(b"\0\1\0\2\0\0\0\2", b"\0\x1f\0\2\0\0\0\2")  # tag and type of the entry, two letters
-    path, other = (put(tmp_path / f"{i}{suffix}", smooth_picture(80, 120), exif=e) for i, e in enumerate((exif, damaged)))
+    exif[ExifTags.Base.Orientation] = orientation
+    path = put(tmp_path / f"x{suffix}", smooth_picture(80, 120), exif=exif)
     upright = ImageOps.exif_transpose(Image.open(path))
-    assert np.array_equal(read_image(path), upright) and np.array_equal(read_image(other), upright)
+    assert np.array_equal(read_image(path), upright)
     small = upright.resize((20, 10), Image.Resampling.BICUBIC)  # ours is decoded at a fraction of the size
     assert np.abs(read_image(path, (10, 20)) - np.asarray(small, float)).mean() < 1
 
@@ -127,14 +124,11 @@ def test_evaluation_resizes_to_the_size(tmp_path):
 def test_instance_maps_share_crop_and_flip_with_their_labels(tmp_path):
     label = (np.arange(48) % 34).astype(np.uint8).reshape(6, 8)
     tree(tmp_path, label, "cityscapes", stems=["a"])
-    path = put(tmp_path / "gtFine/train/ulm/ulm_a_gtFine_instanceIds.png", label.astype(np.uint16) * 1000 + 3)
+    put(tmp_path / "gtFine/train/ulm/ulm_a_gtFine_instanceIds.png", label.astype(np.uint16) * 1000 + 3)
     dataset = build_dataset(settings(tmp_path, "cityscapes", instances=True, load_scale=1.5, flip=True), "train")
     for draw in range(8):
         image, classes, instances = dataset[0, draw]
         assert instances.dtype == torch.int32 and np.array_equal(dataset.form.ids[instances // 1000], classes)
-    path.unlink()
-    with pytest.raises(UserError, match="a_gtFine_instanceIds.png: no such file"):
-        dataset.inspect(0)
 
 
 def test_crops_cover_the_picture_and_flips_are_fair(tmp_path):
@@ -154,18 +148,8 @@ def test_crops_cover_the_picture_and_flips_are_fair(tmp_path):
         assert np.abs(image - result)[1:-1, 1:-1].max() <= 22
         corners.add(int(result[0, 0]))
     assert 110 < flips < 190 and len(corners) > 40 and 0 in corners and max(corners) == 5 * 20 + 10
-
-
-@pytest.mark.parametrize("name", ["scenes", "folder"])
-def test_augmentation_follows_seed_and_draw_alone(tmp_path, name):
-    tree(tmp_path, ids(0, 1, 2))
-    config = settings(None if name == "scenes" else tmp_path, name, size=[24, 24], load_scale=1.5, flip=True)
-    look = lambda seed, draws: [build_dataset(config, "train", seed)[0, n][0].numpy().tobytes() for n in draws]
-    pairs = look(3, range(20))
-    assert look(3, reversed(range(20))) == pairs[::-1] and look(4, range(20)) != pairs and len(set(pairs)) > 5
-    dataset = build_dataset(config, "train")
-    with pytest.raises(IndexError):
-        dataset[len(dataset)]
+    look = lambda seed: [build_dataset(dataset.data, "train", seed)[0, draw][1].tolist() for draw in range(9)]
+    assert look(0) == [dataset[0, draw][1].tolist() for draw in reversed(range(9))][::-1] != look(1)
 
 
 @pytest.mark.parametrize("spoil, message", [

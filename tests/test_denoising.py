@@ -57,10 +57,9 @@ def test_shares_of_a_batch_give_the_gradient_of_the_whole(monkeypatch):
 
 def test_a_resumed_training_equals_an_unbroken_one():
     whole, parts, (image, label_map) = trainer(), trainer(), batch()
-    before = copy.deepcopy(whole.ema)
+    old = next(whole.ema.parameters()).clone()
     whole.step(image, label_map, 0, [0, 1, 2, 3])
-    for average, old, new in zip(whole.ema.parameters(), before.parameters(), whole.generator.parameters()):
-        torch.testing.assert_close(average, 0.1 * old + 0.9 * new)  # the first steps count more than train.ema says
+    torch.testing.assert_close(next(whole.ema.parameters()), 0.1 * old + 0.9 * next(whole.generator.parameters()))
     parts.load_state_dict(copy.deepcopy(whole.state_dict()))
     assert whole.step(image, label_map, 1, [0, 1, 2, 3]) == parts.step(image, label_map, 1, [0, 1, 2, 3])
     for network in ("generator", "ema"):

@@ -34,11 +34,8 @@ def test_real_images_against_themselves(folders, call):
     for i, k in itertools.product(range(6), range(2)):
         shutil.copy(folders / f"real/{(i + k) % 6}.png", folders / f"images/{i}_{k}.png")
     arguments = ["--images", "images", "--labels", "labels", "--real", "real"]
-    for more in ([], ["--config", "config.yaml", "--checkpoint", "latest.pt"], ["--checkpoint", "latest.pt"]):
-        with pytest.raises(SystemExit, match="give either --checkpoint, or all of"):
-            call("evaluate.py", *arguments, *more)
-    with pytest.raises(SystemExit, match="--out real: cannot be written"):
-        call("evaluate.py", *arguments, "--config", "config.yaml", "--out", "real")
+    with pytest.raises(SystemExit, match="give either --checkpoint, or all of"):
+        call("evaluate.py", *arguments)
     arguments += ["--config", "config.yaml", "eval.num_images=2"]
     together(folders, 3, call, "evaluate.py", *arguments)
     metrics, shown = json.loads((folders / "metrics.json").read_text()), (folders / "out.txt").read_text()
@@ -70,17 +67,9 @@ def test_several_samples_of_a_label_map(folders):
     (folders / "images" / "4_1.png").unlink()
     with pytest.raises(UserError, match="4.png: 1 such images, not 2"):
         opened(folders)
-    for folder in ("labels", "real"):
-        shutil.copy(folders / folder / "4.png", folders / folder / "4_0.png")
-    with pytest.raises(UserError, match="images/4_0.png: an image of 2 label maps by its name"):
+    put(folders / "images/4_1.png", Image.new("RGB", (8, 6)))
+    with pytest.raises(UserError, match=r"4_1.png: 8 x 6, .*data.size=\[6,8\]"):
         opened(folders)
-
-
-@pytest.mark.parametrize("spoil, message", [
-    (lambda folders: Image.new("RGB", (8, 6)).save(folders / "images/2.png"), r"2.png: 8 x 6, .*data.size=\[6,8\]"),
-    (lambda folders: shutil.rmtree(folders / "labels"), "labels: no such folder")])
-def test_wrong_folders_are_named(folders, spoil, message):
-    shutil.copytree(folders / "real", folders / "images")
-    spoil(folders)
-    with pytest.raises(UserError, match=message):
+    shutil.rmtree(folders / "labels")
+    with pytest.raises(UserError, match="labels: no such folder"):
         opened(folders)

@@ -130,14 +130,9 @@ def test_painting_with_the_mouse(page):
     expected[(x - 10) ** 2 + (y - 20) ** 2 <= 2.5 ** 2] = class_of("tree")
     assert np.array_equal(page.map(), expected)
     assert set(page.names()[:4]) == {"grass", "road", "building", "tree"} and len(page.names()) == 13
-    page.keys("p")
-    page.drag((24, 12))
-    assert page.js("name(current)") == "building"
     page.keys("/")
-    page.keys("per")
-    assert page.names() == ["person"]
-    page.keys(Keys.ENTER)
-    assert page.js("name(current)") == "person" and len(page.names()) == 13
+    page.keys("per" + Keys.ENTER)
+    assert page.js("name(current)") == "person"
     page.js("[...Array(60).keys()].forEach(i => { choose(i % 12); actions.clear(); })")
     page.keys(Keys.CONTROL + "z" * 60)
     assert np.array_equal(page.map(), expected)
@@ -203,54 +198,3 @@ def test_what_is_saved_comes_back(page, folder, sample, tmp_path):
     again.driver.find_element("id", "open").send_keys(str(tmp_path / "wrong.png"))
     again.until("$('status').className === 'wrong'")
     assert again.said().startswith("wrong.png: ") and np.array_equal(again.map(), LABEL)
-
-
-def test_another_finger_and_other_keys_change_nothing(page):
-    page.click("[title=road]", "#clear", "[title=tree]")
-    page.js("($('size').value = 1)")
-    touch = lambda kind, *points: page.driver.execute_cdp_cmd("Input.dispatchTouchEvent", {"type": kind, "touchPoints": [
-        dict(zip(("x", "y", "id"), page.js(f"""(box => [box.x + box.width / 2 + {x - 15.5} * Math.min(box.width, box.height) / 32,
-            box.y + box.height / 2 + {y - 15.5} * Math.min(box.width, box.height) / 32, {finger}])
-            ($('map').getBoundingClientRect())"""))) for finger, (x, y) in enumerate(points)]})
-    touch("touchStart", (5, 5))
-    touch("touchMove", (10, 5))
-    touch("touchStart", (10, 5), (20, 25))
-    touch("touchMove", (10, 5), (22, 25))
-    touch("touchMove", (12, 5), (22, 25))
-    touch("touchEnd")
-    expected = np.full((32, 32), 4, np.uint8)
-    expected[5, 5:13] = [name for name, _ in scenes.CLASSES].index("tree")
-    assert np.array_equal(page.map(), expected)
-    page.keys(Keys.CONTROL + "z" + Keys.NULL)
-    page.keys(Keys.CONTROL + Keys.SHIFT + "z" + Keys.NULL)
-    page.keys(Keys.ALT + "f" + Keys.NULL)
-    assert np.array_equal(page.map(), expected) and page.js("tool") == "brush"
-    page.js("(location.hash = 'map=abc')")
-    page.until("$('status').className === 'wrong'")
-    page.js("setNoise({})")
-    page.settle()
-    assert page.said() == "this link is not one of this model's"  # until the next key or press
-    page.keys("n")
-    page.settle()
-    assert "drawn in" in page.said()
-
-
-def test_a_damaged_example_is_passed_by(folder, driver, tmp_path):
-    (tmp_path / "a.png").write_bytes(b"no picture")
-    shutil.copy(folder / "labels/painted.png", tmp_path)
-    page = Page(driver, f"http://127.0.0.1:{serve_page(folder / LATEST, labels=tmp_path).server_port}")
-    assert np.array_equal(page.map(), LABEL) and page.js("$('gallery').children.length") == 1
-
-
-def test_painting_goes_on_while_the_server_is_away(folder, driver):
-    server = serve_page(folder / LATEST)
-    page = Page(driver, f"http://127.0.0.1:{server.server_port}")
-    image = page.picture()
-    server.shutdown()
-    server.server_close()
-    page.click("[title=road]")
-    page.drag((3, 3), (25, 25))
-    page.until("$('status').className === 'wrong'")
-    assert "no answer" in page.said() and (page.map() == 4).any()
-    serve_page(folder / LATEST, server.server_port)
-    assert (page.picture() != image).any() and "drawn in" in page.said()

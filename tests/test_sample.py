@@ -64,18 +64,6 @@ def test_truncation_multiplies_the_noise(call, model):
     assert np.array_equal(pixels(model / "wide/map0.png"), to_uint8(drawn)[0].permute(1, 2, 0))
     evaluated = system.with_options(Namespace(truncation=2.5)).generate(generator, label_map, [7], 1)
     assert torch.equal(evaluated, generator(label_map, 2.5 * noise([(7, 1)], 8, "cpu")))
-    with pytest.raises(SystemExit, match=r"^error: --truncation: eval.truncation is 0.0; .*greater than 0"):
-        call("sample.py", "--labels", "labels", "--out", "none", "--truncation", 0)
-
-
-def test_ids_colors_palette_files_and_other_sizes_give_the_same_image(sample, model):
-    label = scenes.render("val", 0, (32, 32))[1]
-    palette = np.array([color for _, color in scenes.CLASSES] + [(0, 0, 0)], np.uint8)
-    indexed = Image.fromarray(label)
-    indexed.putpalette(palette.flatten().tolist())
-    large = Image.fromarray(label).resize((96, 96), Image.Resampling.NEAREST)
-    for variant in (Image.fromarray(palette[label]), indexed, large):
-        assert np.array_equal(sample(variant), sample(label))
 
 
 def test_void_is_filled_where_asked(sample, model):

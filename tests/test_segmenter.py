@@ -32,13 +32,10 @@ def accuracy(segmenter, data):
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """A network in judge.pt2 and, for two images only, in pairs.pt2. Scores of a pixel are its red, green and blue, at half the
-    size: the right answer on `folder_data`."""
-    folder = tmp_path_factory.mktemp("exported")
-    for name, shapes in (("judge", ({0: torch.export.Dim("batch")},)), ("pairs", None)):
-        program = torch.export.export(torch.nn.AvgPool2d(2), (torch.rand(2, 3, 16, 24),), dynamic_shapes=shapes)
-        torch.export.save(program, folder / f"{name}.pt2")
-    return folder
+    """Scores of a pixel are its red, green and blue, at half the size: the right answer on `folder_data`."""
+    file, shapes = tmp_path_factory.mktemp("exported") / "judge.pt2", ({0: torch.export.Dim("batch")},)
+    torch.export.save(torch.export.export(torch.nn.AvgPool2d(2), (torch.rand(2, 3, 16, 24),), dynamic_shapes=shapes), file)
+    return file
 
 
 def test_learns_and_is_kept(given, tmp_path, monkeypatch):
@@ -61,7 +58,7 @@ def test_same_seed_same_segmenter_for_odd_sizes(given):
 
 
 def test_exported_file(given, exported):
-    segmenter = segmenter_of(given | {"root": "nowhere"}, segmenter=str(exported / "judge.pt2"))  # needs no training split
+    segmenter = segmenter_of(given | {"root": "nowhere"}, segmenter=str(exported))  # needs no training split
     assert accuracy(segmenter, given) > 0.8 and segmenter.description["mapping"] == [0, 1, 2]
 
 
@@ -78,14 +75,13 @@ def test_mapping_reorders_and_leaves_out_what_cannot_be_judged():
 
 
 @pytest.mark.parametrize("source, mapping, text", [
-    ("absent.pt", None, "cannot be loaded"), ("model.pt", None, "cannot be loaded"), ("pairs.pt2", None, "cannot be loaded"),
+    ("absent.pt", None, "cannot be loaded"),
     ("judge.pt2", [0, 1, 7], "0 to 1, or -1 for none"),
     ("judge.pt2", [0, 1], r"is \[0, 1\]; it needs an entry for each of its 3 classes"),
     ("judge.pt2", None, "its class 'output 0' is not in the data set")])
 def test_wrong_files_and_mappings_are_one_line(given, exported, source, mapping, text):
-    torch.save({"class_names": ["a"]}, exported / "model.pt")  # such as a checkpoint
     with pytest.raises(UserError, match=f"^[^\n]*{source}[^\n]*{text}[^\n]*$"):
-        segmenter_of(given | {"classes": ["a", "b"]}, segmenter=str(exported / source), segmenter_mapping=mapping)
+        segmenter_of(given | {"classes": ["a", "b"]}, segmenter=str(exported.with_name(source)), segmenter_mapping=mapping)
 
 
 def test_hugging_face_by_name(given, monkeypatch):

@@ -30,7 +30,6 @@ def test_batches_are_the_same_however_many_processes():
     indices = [index for batch in whole for index, _ in batch]
     assert all(sorted(indices[i : i + 10]) == list(range(10)) for i in range(0, 40, 10))  # every epoch shows all
     assert [draw for batch in whole for _, draw in batch] == list(range(40))
-    assert len(list(batches(10, 8, range(5), range(8), seed=2 ** 63 - 1))) == 5
 
 
 def test_run_folder_and_exact_resume(train, tiny_config, tmp_path, capsys):
@@ -54,8 +53,6 @@ def test_run_folder_and_exact_resume(train, tiny_config, tmp_path, capsys):
     assert {"images_per_second", "lr_generator", "lr_discriminator", "peak_memory_gib"} <= set(logs[0][0])
     assert ["fd_stlpips_alex" in record for record in read_records(parts / "metrics.jsonl")] == [False, True]  # another judge
     assert sorted(p.name for p in (whole / "checkpoints").iterdir()) == ["0000002.pt", "0000004.pt", "best.pt", "latest.pt"]
-    kept = yaml.safe_load((whole / "config.yaml").read_text())
-    assert kept["loss"]["focal_gamma"] == 2.0 and kept["generator"]["noise"] == "cross_attention"  # which nobody gave
     torch.testing.assert_close(latest(whole)["ema"], latest(parts)["ema"], rtol=0, atol=0)
     shutil.copyfile(whole / "checkpoints/0000002.pt", whole / "checkpoints/latest.pt")  # back to an older step
     train(tiny_config, "name=whole", "train.steps=3", "train.save_every=1", "train.keep=1", resume=True)
@@ -65,9 +62,6 @@ def test_run_folder_and_exact_resume(train, tiny_config, tmp_path, capsys):
     train(tiny_config, "name=whole", "train.steps=3", "loss.rough=0.5", resume=True)
     assert "has reached step 3; raise train.steps to go on" in capsys.readouterr().out
     assert (whole / "config.yaml").read_text() == written  # of what was used
-    (whole / "checkpoints/latest.pt").unlink()
-    with pytest.raises(UserError, match="latest.pt: gone, but 0000003.pt is there"):
-        train(tiny_config, "name=whole", "train.steps=4", resume=True)
 
 
 @pytest.mark.parametrize("processes, accumulation, diversity, tolerance",
@@ -119,12 +113,7 @@ def test_fine_tuning_and_a_folder_of_ones_own(train, tiny_config, tmp_path, fold
     with pytest.raises(UserError, match="latest.pt: its 12 classes are .* now there are 3, "):
         train(tiny_config, *own, "data.void=255", source)
     assert not (tmp_path / "runs/own").exists()
-    table, rows = tmp_path / "mine.csv", ["id,name,r,g,b", "0,a,1,0,0", "1,b,2,0,0", "2,c,3,0,0", "255,void,0,0,0"]
-    table.write_text("\n".join(rows))
-    train(tiny_config, *own, f"data.classes={table}")
-    table.write_text("\n".join(rows[:1] + rows[2:] + rows[1:2]))
-    with pytest.raises(UserError, match="latest.pt: its 3 classes are a, b, c, now there are 3, b, c, a; choose the data set"):
-        train(tiny_config, *own, f"data.classes={table}", resume=True)
+    train(tiny_config, *own, "data.void=255")
 
 
 def test_a_process_that_never_comes_ends_the_wait(train, tiny_config, monkeypatch):
@@ -137,14 +126,11 @@ def test_a_process_that_never_comes_ends_the_wait(train, tiny_config, monkeypatc
 @pytest.mark.parametrize("tracker, module", [("tensorboard", "torch.utils.tensorboard"), ("wandb", "wandb")])
 def test_trackers_get_the_log(train, tiny_config, monkeypatch, tracker, module):
     """A stand-in of the package, as far as it is called."""
-    got, options = set(), [tiny_config, "train.steps=1", f"train.tracker={tracker}"]
+    got = set()
     events = SimpleNamespace(add_scalar=lambda key, value, step: got.add((key, step)))
     monkeypatch.setitem(sys.modules, module, SimpleNamespace(
         SummaryWriter=lambda run, purge_step: events,
         init=lambda **options: None, log=lambda numbers, step: got.update((key, step) for key in numbers)))
-    monkeypatch.setattr("train.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=f"train.tracker is {tracker}, which is not installed; pip install {tracker}"):
-        train(*options)
     monkeypatch.setattr("train.find_spec", lambda name: name)
-    train(*options)
+    train(tiny_config, "train.steps=1", f"train.tracker={tracker}")
     assert {("g_pixel", 1), ("miou", 1), ("lr_generator", 1)} <= got
