@@ -130,13 +130,15 @@ class GAN(Trainer):
                 for name, value in values.items():
                     totals[name] = totals.get(name, 0) + value.detach() / self.rounds
             for network in trained:
-                optimizer, parameters = self.updates[network]
-                gradients = [p.grad for p in parameters]
-                all_reduce(gradients, average=True)
-                torch._foreach_div_(gradients, self.rounds)
-                optimizer.step()
+                self._update(*self.updates[network])
         self.update_ema(self.decay, step)
         return totals
+
+    def _update(self, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> None:
+        gradients = [p.grad for p in parameters]
+        all_reduce(gradients, average=True)
+        torch._foreach_div_(gradients, self.rounds)
+        optimizer.step()
 
     def _features(self, image: Tensor) -> list[Tensor]:
         return self.backbone(image) if self.backbone else []
