@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import fcntl
 import json
 import statistics
 from pathlib import Path
@@ -146,22 +147,21 @@ def test_pictures_are_those_of_the_generators(train, tiny_config, tmp_path):
 
 
 TRAINING = """
-import fcntl, json, shutil, sys, time
+import fcntl, json, shutil, sys
 name = dict(argument.split("=", 1) for argument in sys.argv if "=" in argument)["name"]
 lock = open(f"runs/{name}/lock", "a")
 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # an error where another process trains it
 if "concat" in name:
     sys.exit("error: no memory")
 shutil.copy(f"settings/{name}.yaml", f"runs/{name}/config.yaml")
-time.sleep(1)
 with open(f"runs/{name}/metrics.jsonl", "a") as out:
     out.write(json.dumps({"step": 18, "fd_tf_efficientnet_lite2": 9.0, "protocol": {}}) + "\\n")
 """
 
 
 def test_an_ablation_goes_on_where_it_was_cut_off(tiny_config, tmp_path, monkeypatch, capsys):
-    """Three rows with two seeds each, and a script in the place of train.py that only takes time. Where compare.py alone is
-    killed its trainings go on. A run that fails is named, and does not end the others."""
+    """Three rows with two seeds each, and a script in the place of train.py. What another process trains, as trainings go on
+    where compare.py alone is killed, is waited for. A run that fails is named, and does not end the others."""
     (tmp_path / "training.py").write_text(TRAINING)
     monkeypatch.setattr(compare, "TRAIN", tmp_path / "training.py")
     monkeypatch.chdir(tmp_path)
@@ -174,16 +174,16 @@ def test_an_ablation_goes_on_where_it_was_cut_off(tiny_config, tmp_path, monkeyp
         Path(f"settings/{folder.name}.yaml").write_text(yaml.safe_dump(settings.model_dump(mode="json")))
     call(run=ablation, print=True)  # commands for a scheduler
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 6 and not (tmp_path / "runs").exists()
+    assert len(lines) == 6 and not Path("runs").exists()
     assert lines[2].endswith("train.steps=18 loss.contrastive=0 seed=0 name=abl_no_contrastive_0 --resume")
-    killed = in_child(tmp_path, lambda: call(run=ablation))
-    wait_for(lambda: len(list(tmp_path.glob("runs/*/config.yaml"))) == 2)
-    killed.kill()
+    Path("runs/abl_full_0").mkdir(parents=True)
+    lock = hold(Path("runs/abl_full_0/lock"))
     process = in_child(tmp_path, lambda: call(run=ablation))
+    wait_for(lambda: len(list(tmp_path.glob("runs/*/metrics.jsonl"))) == 3)
+    fcntl.flock(lock, fcntl.LOCK_UN)  # the child has a copy of what is open
     process.join(60)
-    said = (tmp_path / "out.txt").read_text()
-    assert process.exitcode == 0 and said.count("not finished, error: no memory") == 2 and said.count(": done") == 2
-    assert [len(path.read_text().splitlines()) for path in tmp_path.glob("runs/*/metrics.jsonl")] == [1] * 4  # none twice
+    counts = [Path("out.txt").read_text().count(words) for words in (": training", ": done", "not finished, error: no memory")]
+    assert process.exitcode == 0 and counts == [6, 4, 2]
     call(run=ablation, print=True)
     assert capsys.readouterr().out.splitlines() == lines[4:]
     ablation.write_text(ablation.read_text().replace("loss.contrastive=0", "loss.contrastive=0.1"))

@@ -33,10 +33,7 @@ def test_real_images_against_themselves(folders, call):
     (folders / "images").mkdir()
     for i, k in itertools.product(range(6), range(2)):
         shutil.copy(folders / f"real/{(i + k) % 6}.png", folders / f"images/{i}_{k}.png")
-    arguments = ["--images", "images", "--labels", "labels", "--real", "real"]
-    with pytest.raises(SystemExit, match="give either --checkpoint, or all of"):
-        call("evaluate.py", *arguments)
-    arguments += ["--config", "config.yaml", "eval.num_images=2"]
+    arguments = "--images images --labels labels --real real --config config.yaml eval.num_images=2".split()
     together(folders, 3, call, "evaluate.py", *arguments)
     metrics, shown = json.loads((folders / "metrics.json").read_text()), (folders / "out.txt").read_text()
     assert metrics["num_images"] == 2 and metrics["fd_stlpips_alex"] == pytest.approx(0, abs=1e-4)
@@ -69,7 +66,4 @@ def test_several_samples_of_a_label_map(folders):
         opened(folders)
     put(folders / "images/4_1.png", Image.new("RGB", (8, 6)))
     with pytest.raises(UserError, match=r"4_1.png: 8 x 6, .*data.size=\[6,8\]"):
-        opened(folders)
-    shutil.rmtree(folders / "labels")
-    with pytest.raises(UserError, match="labels: no such folder"):
         opened(folders)

@@ -107,7 +107,7 @@ def test_setting_errors(changes, message):
 
 
 @pytest.mark.parametrize("text", ["id,name\n1,a\n", "id,name,r,g,b\n1,a,1,2,300\n", "id,name,r,g,b\n65536,a,1,2,3\n",
-                                  "id,name,r,g,b\n1,a,1,2,3\n1,b,1,2,4\n", "id,name,r,g,b\n1,a,1,2,3\n2,b,1,2,3\n"])
+    "id,name,r,g,b\nx,a,1,2,3\n", "id,name,r,g,b\n1,a,1,2,3\n1,b,1,2,4\n", "id,name,r,g,b\n1,a,1,2,3\n2,b,1,2,3\n"])
 def test_class_table_errors(tmp_path, text):
     (tmp_path / "mine.csv").write_text(text)
     with pytest.raises(UserError, match="mine.csv"):

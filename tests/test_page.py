@@ -198,3 +198,19 @@ def test_what_is_saved_comes_back(page, folder, sample, tmp_path):
     again.driver.find_element("id", "open").send_keys(str(tmp_path / "wrong.png"))
     again.until("$('status').className === 'wrong'")
     assert again.said().startswith("wrong.png: ") and np.array_equal(again.map(), LABEL)
+
+
+def test_another_finger_changes_nothing(page):
+    page.click("[title=road]", "#clear", "[title=tree]")
+    page.js("($('size').value = 1)")
+    box = page.driver.find_element("id", "map").rect
+    scale, middle_x, middle_y = min(box["width"], box["height"]) / 32, box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    one, other = (10, 5), (20, 25)
+    for kind, *points in [("Start", (5, 5)), ("Move", one), ("Start", one, other), ("Move", one, (22, 25)),
+                          ("Move", (12, 5), (22, 25)), ("End",)]:
+        page.driver.execute_cdp_cmd("Input.dispatchTouchEvent", {"type": f"touch{kind}", "touchPoints": [
+            {"id": finger, "x": middle_x + (x - 15.5) * scale, "y": middle_y + (y - 15.5) * scale}
+            for finger, (x, y) in enumerate(points)]})
+    expected = np.full((32, 32), 4, np.uint8)
+    expected[5, 5:13] = [name for name, _ in scenes.CLASSES].index("tree")
+    assert np.array_equal(page.map(), expected)

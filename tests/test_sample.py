@@ -39,7 +39,6 @@ def test_same_seed_same_image_whatever_else_is_in_the_folder(call, model):
     (model / "labels/map1.png").rename(model / "one/map1.png")
     call("sample.py", "--labels", "one", "--out", "alone", "--num", 2)
     assert np.array_equal(pixels(model / "labels/all/map1.png"), pixels(model / "alone/map1_0.png"))
-    assert not np.array_equal(pixels(model / "alone/map1_0.png"), pixels(model / "alone/map1_1.png"))
     call("sample.py", "--labels", "one", "--out", "other", "--seed", 1)
     assert not np.array_equal(pixels(model / "alone/map1_0.png"), pixels(model / "other/map1.png"))
     with pytest.raises(SystemExit, match="^error: other/map1.png exists; choose another --out"):
