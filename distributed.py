@@ -35,9 +35,10 @@ def setup_distributed(minutes: float = 30) -> tuple[int, int, torch.device]:
     try:
         dist.init_process_group("cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=minutes))
     except RuntimeError as error:  # of the store, or of the backend
-        raise UserError(f"process {os.environ['RANK']} did not meet all {os.environ['WORLD_SIZE']} processes within "
-                        f"{minutes:g} minutes (train.timeout): {str(error).splitlines()[0][:120]}; see that each is started "
-                        f"and reaches {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}, then start anew") from error
+        raise UserError(f"process {os.environ['RANK']} did not meet all {os.environ['WORLD_SIZE']} processes; it waits for "
+                        f"{minutes:g} minutes at most (train.timeout): {str(error).splitlines()[0][:120]}; see that each is "
+                        f"started and reaches {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}, then start anew, with "
+                        f"--max-restarts as README.md says") from error
     return dist.get_rank(), dist.get_world_size(), device
 
 

@@ -142,8 +142,9 @@ def test_two_nodes(call, tiny_config, tmp_path):
 
 
 @pytest.mark.slow
-def test_elastic_restart(tiny_config, tmp_path):
+def test_elastic_restart(tiny_config, tmp_path, monkeypatch):
     """A killed training process restarts the group from the last checkpoint; the run ends with the right number of steps."""
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")  # as README.md says
     agent = torchrun(tmp_path, "--standalone", "--max-restarts=3", ROOT / "train.py", "--config", tiny_config, "train.steps=12",
                      "train.save_every=1", "--resume")
     log = tmp_path / "runs/tiny/log.jsonl"
@@ -151,6 +152,5 @@ def test_elastic_restart(tiny_config, tmp_path):
     os.kill(int(output_of("pgrep", "-P", agent.pid).split()[-1]), signal.SIGKILL)
     output, _ = agent.communicate(timeout=600)
     assert agent.returncode == 0, output
-    assert step_of(tmp_path / "runs/tiny/checkpoints/latest.pt") == 12
     assert [record["step"] for record in read_records(log)] == list(range(1, 13))
-    assert len(read_records(tmp_path / "runs/tiny/metrics.jsonl")) == 1
+    assert [record["step"] for record in read_records(tmp_path / "runs/tiny/metrics.jsonl")] == [12]
