@@ -37,8 +37,8 @@ def setup_distributed(minutes: float = 30) -> tuple[int, int, torch.device]:
     except RuntimeError as error:  # of the store, or of the backend
         raise UserError(f"process {os.environ['RANK']} did not meet all {os.environ['WORLD_SIZE']} processes; it waits for "
                         f"{minutes:g} minutes at most (train.timeout): {str(error).splitlines()[0][:120]}; see that each is "
-                        f"started and reaches {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}, then start anew, with "
-                        f"--max-restarts as README.md says") from error
+                        f"started and reaches {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}, then start anew; with "
+                        f"--max-restarts set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1") from error
     return dist.get_rank(), dist.get_world_size(), device
 
 

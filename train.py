@@ -118,8 +118,8 @@ def read_losses(losses: dict[str, torch.Tensor], run: Path, step: int, trainer: 
     for name, value in values.items():
         if not math.isfinite(value):
             rates = " and ".join(f"train.{rate}" for rate, _ in trainer.rates.values())
-            raise UserError(f"{run}: {name} is {value} at step {step}; the last checkpoint is kept. Go on from it with a "
-                            f"lower {rates}")
+            raise UserError(f"{run}: {name} is {value} at or before step {step}; the last checkpoint is kept. Go on from it "
+                            f"with a lower {rates}")
     return values
 
 

@@ -36,13 +36,14 @@ def output_of(*command) -> str:
     return subprocess.run([*map(str, command)], capture_output=True, text=True).stdout
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
-def test_kills_lose_no_saved_step(train, tiny_config, tmp_path, kills):
+@pytest.mark.parametrize("kills, eval_every", [(3, 0), pytest.param(20, 6, marks=pytest.mark.slow)])
+def test_kills_lose_no_saved_step(train, tiny_config, tmp_path, kills, eval_every):
     """Every second kill comes while a file is being written, the others at any time; every step saves."""
-    run, rng, reached = tmp_path / "runs/tiny", random.Random(0), 0
+    run, rng, reached, torn = tmp_path / "runs/tiny", random.Random(0), 0, 0
+    options = ["train.save_every=1", f"train.eval_every={eval_every}"]
     latest = run / "checkpoints/latest.pt"
     version = lambda: latest.exists() and latest.stat().st_ino
-    start = lambda steps: in_child(tmp_path, lambda: train(tiny_config, f"train.steps={steps}", "train.save_every=1", resume=True))
+    start = lambda steps: in_child(tmp_path, lambda: train(tiny_config, f"train.steps={steps}", *options, resume=True))
     saved = lambda: {path.name: step_of(path) for path in (run / "checkpoints").glob("*.pt")}  # every one can be read
     for number in range(kills):
         before, process = version(), start(100000)
@@ -53,13 +54,17 @@ def test_kills_lose_no_saved_step(train, tiny_config, tmp_path, kills):
         process.kill()
         process.join()
         assert process.exitcode == -signal.SIGKILL, (tmp_path / "out.txt").read_text()
+        torn += any(run.glob("**/*.tmp"))
         assert saved()["latest.pt"] == max(saved().values()) > reached
         reached = saved()["latest.pt"]
         assert reached >= read_records(run / "log.jsonl")[-1]["step"] - 1
+    assert torn > 0
     process = start(reached + 2)
     process.join()
     assert process.exitcode == 0, (tmp_path / "out.txt").read_text()
-    assert saved()["latest.pt"] == saved()["best.pt"] == reached + 2
+    evaluated = [step for step in range(1, reached + 2) if eval_every and step % eval_every == 0] + [reached + 2]
+    assert [record["step"] for record in read_records(run / "metrics.jsonl")] == evaluated
+    assert saved()["latest.pt"] == reached + 2 and saved()["best.pt"] in evaluated
     assert [record["step"] for record in read_records(run / "log.jsonl")] == list(range(1, reached + 3))
     assert not list(tmp_path.glob("runs/**/*.tmp"))
 

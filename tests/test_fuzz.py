@@ -59,6 +59,9 @@ KINDS = {  # files, and what reads them
 def test_damaged_files_are_read_or_refused_in_one_line(tmp_path, kind, count):
     sources, read = KINDS[kind]
     rng, path, refused = random.Random(kind), tmp_path / "damaged", 0
+    for source in sources:
+        path.write_bytes(source)
+        read(path)
     for number in range(count):
         path.write_bytes(some_bytes(sources[number % len(sources)], rng))
         try:

@@ -128,7 +128,7 @@ def test_a_newer_request_of_a_page_ends_its_older_one(folder):
     older = pool.submit(draw, "a", "1")
     time.sleep(0.2)
     newest, other = pool.submit(draw, "a", "2"), pool.submit(draw, "b", "2")
-    with pytest.raises(UserError, match="newer"):  # it ended in the middle
+    with pytest.raises(UserError, match="newer"):
         older.result()
     assert newest.result() == other.result()
 

@@ -65,14 +65,6 @@ def test_truncation_multiplies_the_noise(call, model):
     assert torch.equal(evaluated, generator(label_map, 2.5 * noise([(7, 1)], 8, "cpu")))
 
 
-def test_void_is_filled_where_asked(sample, model):
-    """A map with a hole of void gives, with --fill-void, the image of the map without the hole."""
-    whole = np.full((64, 64), scenes.GRASS, np.uint8)
-    hole = whole.copy()
-    hole[20:30, 8:50] = scenes.VOID
-    assert np.array_equal(sample(hole, "--fill-void"), sample(whole)) and not np.array_equal(sample(hole), sample(whole))
-
-
 def test_a_class_table_travels_in_the_checkpoint(sample, tmp_path):
     """Ids are those of a file that is gone."""
     table = tmp_path / "mine.csv"

@@ -1,6 +1,5 @@
 """The rendered data set."""
 
-
 import scenes
 
 
